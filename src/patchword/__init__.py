@@ -1,0 +1,1 @@
+"""Train, transfer, study and ship Vision Transformers."""

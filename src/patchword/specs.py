@@ -1,0 +1,426 @@
+"""Everything that can be configured, as frozen keyword-only dataclasses with strict parsing.
+
+Standard library only, so that the command line can build its help without importing torch.
+`parse` turns a JSON value into a spec and rejects unknown keys and wrong types; `to_dict` is its
+inverse; `differences` names the fields in which two specs differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class PatchwordError(ValueError):
+    """An error the user can act on. Its message is one line: the cause, and the next step."""
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
+    """`"; did you mean A, B?"` for the closest `options` to `name`, or the first few of them."""
+    options = list(options)
+    folded = {option.casefold(): option for option in reversed(options)}
+    close = difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=0.5)
+    if close:
+        return "; did you mean " + ", ".join(folded[key] for key in close) + "?"
+    return "; valid: " + ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PatchwordError(message)
+
+
+Pool = Literal["token", "gap", "map"]
+Head = Literal["linear", "mlp"]
+Position = Literal["learned", "sincos2d", "none"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSpec:
+    """A Vision Transformer (paper section 3.1, table 1). Sizes in pixels, (height, width)."""
+
+    depth: int
+    width: int
+    mlp_width: int
+    heads: int
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int] = (224, 224)
+    in_channels: int = 3
+    num_classes: int = 1000
+    """0 leaves the head out: the model returns the pooled features."""
+    pool: Pool = "token"
+    """class token (paper), global average (D.3), or multi-head attention pooling"""
+    head: Head = "linear"
+    """`mlp`: the pre-training head, one hidden layer of size `width` and tanh (section 3.1)"""
+    position: Position = "learned"
+    dropout: float = 0.0
+    """after every dense layer except qkv, and after adding the position embeddings (B.1.1)"""
+    drop_path: float = 0.0
+    """stochastic depth: 0 at the first block, rising linearly to this at the last"""
+    layer_scale: float | None = None
+    """initial value of LayerScale, None for none"""
+    registers: int = 0
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "mlp_width", "heads", "in_channels"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require(self.num_classes >= 0, f"num_classes is {self.num_classes}; use 0 or more")
+        _require(self.registers >= 0, f"registers is {self.registers}; use 0 or more")
+        _require(
+            self.width % self.heads == 0,
+            f"width {self.width} is not a multiple of heads {self.heads}; change one of them",
+        )
+        for axis, size, patch in zip(
+            ("height", "width"), self.image_size, self.patch_size, strict=True
+        ):
+            _require(
+                patch >= 1 and size >= patch and size % patch == 0,
+                f"image {axis} {size} is not a multiple of the patch {axis} {patch}; "
+                f"use {max(1, round(size / max(patch, 1))) * patch}",
+            )
+        for name in ("dropout", "drop_path"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return (
+            self.image_size[0] // self.patch_size[0],
+            self.image_size[1] // self.patch_size[1],
+        )
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token, if any, and the registers."""
+        return (self.pool == "token") + self.registers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSpec:
+    """How an image becomes the model's input. It travels with the weights."""
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """per channel, of pixel values in [0, 1]"""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: Interpolation = "bicubic"
+    resize: Literal["short", "stretch"] = "short"
+    """`short`: the short side to image size / crop_fraction, then a centre crop.
+    `stretch`: straight to the image size, ignoring the aspect ratio."""
+    crop_fraction: float = 0.875
+
+    def __post_init__(self) -> None:
+        _require(len(self.mean) == len(self.std), "mean and std differ in length")
+        _require(all(value > 0 for value in self.std), f"std {self.std} must be positive")
+        _require(0 < self.crop_fraction <= 1, "crop_fraction must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Where the images come from and how they are divided."""
+
+    val_fraction: float = 0.1
+    """held out to choose the best weights, where the data has no val split"""
+    test_fraction: float = 0.1
+    """held out for the final figure, where the data has no split at all"""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    cache: Literal["auto", "on", "off"] = "auto"
+    """keep decoded images in memory when the per-image transform is not random"""
+
+    def __post_init__(self) -> None:
+        for name in ("val_fraction", "test_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+        _require(self.val_fraction + self.test_fraction < 1, "nothing is left to train on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSpec:
+    """The training transform. Crop and RandAugment run per image in the workers, the rest per
+    batch on the device."""
+
+    crop: Literal["inception", "resize"] = "inception"
+    """`inception`: random area and aspect ratio; `resize`: as in evaluation"""
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    """range of the crop's share of the image's area"""
+    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+    flip: bool = True
+    """mirror left and right, half of the time"""
+    pad: int = 0
+    """shift at random by up to this many pixels, zeros (grey) coming in"""
+    rotate: float = 0.0
+    """largest angle of a random affine map, degrees"""
+    scale: float = 0.0
+    """largest relative change of size, 0.1 = between 0.9 and 1.1"""
+    translate: float = 0.0
+    """largest shift as a share of the image's side"""
+    shear: float = 0.0
+    """largest shear, degrees"""
+    randaugment_layers: int = 0
+    randaugment_magnitude: float = 0.0
+    """0 to 30; 10 is RandAugment's original full scale"""
+    mixup: float = 0.0
+    """Beta(a, a) parameter, 0 for none"""
+    cutmix: float = 0.0
+    """Beta(a, a) parameter, 0 for none; with mixup, each batch draws one of the two"""
+    erasing: float = 0.0
+    """probability of erasing a random box of an image"""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_area
+        _require(0 < low <= high <= 1, f"crop_area {self.crop_area} must be in (0, 1]")
+        low, high = self.crop_aspect
+        _require(0 < low <= high, f"crop_aspect {self.crop_aspect} must be positive and rise")
+        for name in ("pad", "rotate", "scale", "translate", "shear", "mixup", "cutmix"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it must not be negative")
+        _require(self.scale < 1, f"scale is {self.scale}; it must be below 1")
+        _require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; it must be in [0, 1]")
+        _require(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude is not in [0, 30]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """Optimiser, schedule and loss."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    """peak learning rate"""
+    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
+    warmup: float = 0.05
+    """steps of linear warm-up; below 1, a share of the run"""
+    cooldown: float = 0.0
+    """steps of linear decay to zero at the end (rsqrt and constant); below 1, a share"""
+    rsqrt_timescale: int = 10_000
+    final_lr: float = 0.0
+    weight_decay: float = 0.05
+    """decoupled, multiplied by the learning rate (AdamW); for sgd too"""
+    decay_all: bool = False
+    """decay biases, norms, tokens and position tables too"""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    momentum: float = 0.9
+    clip: float = 1.0
+    """global gradient norm, 0 for no clipping"""
+    accumulate: int = 1
+    """micro-batches per step; the batch size is that of the step"""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0
+    average: float = 0.0
+    """decay of the exponential moving average of the weights, 0 for none (paper: 0.9999)"""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "warmup", "cooldown", "final_lr", "weight_decay", "clip"):
+            value = getattr(self, name)
+            _require(
+                value >= 0 and math.isfinite(value),
+                f"{name} is {value}; it must be 0 or more and finite",
+            )
+        for name in ("beta1", "beta2", "momentum", "label_smoothing", "average"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+        _require(self.accumulate >= 1, f"accumulate is {self.accumulate}; use 1 or more")
+        _require(self.rsqrt_timescale >= 1, "rsqrt_timescale must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Changes to the named variant; None leaves the variant's own value."""
+
+    depth: int | None = None
+    width: int | None = None
+    mlp_width: int | None = None
+    heads: int | None = None
+    pool: Pool | None = None
+    head: Head | None = None
+    position: Position | None = None
+    dropout: float | None = None
+    drop_path: float | None = None
+    layer_scale: float | None = None
+    registers: int | None = None
+    qk_norm: bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that are set, as keyword arguments of `create_model`."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def _free(default: Any) -> Any:
+    """A field that does not change the weights a run computes, so a resumed run may change it."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One training run. None and "auto" are resolved once, when the run starts, and stored."""
+
+    source: str
+    model: str = "ViT-S/16"
+    init: str | None = None
+    """weights to start from: a .safetensors file, or a run directory"""
+    image_size: tuple[int, ...] = (224,)
+    """one side, or height and width, in pixels"""
+    steps: int | None = None
+    epochs: float | None = None
+    images: int | None = None
+    time: str | None = None
+    """length of the run, one of: steps, epochs, images seen, or time such as 30m, 2h, 90s"""
+    batch_size: int = 128
+    seed: int = 0
+    device: Device = "auto"
+    precision: Precision = "auto"
+    """of the training step; master weights and evaluation are float32"""
+    compile: bool = False
+    deterministic: bool = False
+    """only deterministic kernels: bit-exact resume on CUDA"""
+    eval_every: int | None = None
+    """steps between evaluations on the val part; by default ten times a run"""
+    checkpoint_every: int | None = _free(None)
+    """steps between checkpoints; by default at every evaluation"""
+    keep: int = _free(2)
+    """checkpoints kept, the newest ones; best/ is kept besides"""
+    log_every: int | None = None
+    workers: int | None = _free(None)
+    """loader processes; the batches are the same with any number"""
+    on_nan: Literal["stop", "rollback"] = _free("stop")
+    on_save_error: Literal["stop", "continue"] = _free("stop")
+    tensorboard: bool = _free(False)
+    options: ModelOptions = ModelOptions()
+    preprocess: PreprocessSpec = PreprocessSpec()
+    data: DataSpec = DataSpec()
+    augment: AugmentSpec = AugmentSpec()
+    optim: OptimSpec = OptimSpec()
+
+    def __post_init__(self) -> None:
+        _require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
+        for name in ("steps", "epochs", "images", "eval_every", "checkpoint_every", "log_every"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} is {value}; it must be positive")
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; use 1 or more")
+        _require(self.keep >= 1, f"keep is {self.keep}; use 1 or more")
+        _require(self.workers is None or self.workers >= 0, "workers must be 0 or more")
+        _require(
+            self.batch_size % self.optim.accumulate == 0,
+            f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}",
+        )
+        if self.time is not None:
+            seconds(self.time)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.image_size[0], self.image_size[-1])
+
+
+def seconds(duration: str) -> float:
+    """Seconds of `"90s"`, `"30m"`, `"1.5h"`, `"2d"`; a bare number is seconds."""
+    scale = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = (duration[:-1], duration[-1]) if duration[-1:] in scale else (duration, "s")
+    try:
+        value = float(number) * scale[unit]
+    except ValueError:
+        value = math.nan
+    _require(value > 0 and math.isfinite(value), f"{duration!r} is no time; write 90s, 30m or 2h")
+    return value
+
+
+# Parsing ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def parse(cls: type[T], data: Any, where: str = "") -> T:
+    """A `cls` from parsed JSON. Raises `PatchwordError` on unknown or missing keys and on values of
+    the wrong type, naming the key."""
+    if not isinstance(data, Mapping):
+        raise PatchwordError(f"{where or cls.__name__} must be an object, not {data!r:.40}")
+    hints = _hints(cls)
+    known = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    values: dict[str, Any] = {}
+    for key, value in typing.cast(Mapping[str, Any], data).items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            raise PatchwordError(f"unknown key {path!r}{nearest(key, known)}")
+        values[key] = _value(hints[key], value, path)
+    for name, spec_field in known.items():
+        required = spec_field.default is spec_field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise PatchwordError(f"missing key {where + '.' if where else ''}{name}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return parse(typing.cast(Any, hint), value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        rest = [argument for argument in arguments if argument is not type(None)]
+        return _value(rest[0], value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is Literal and isinstance(value, str):
+        raise PatchwordError(f"{where} is {value!r}{nearest(value, map(str, arguments))}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        items = typing.cast("list[Any]", list(typing.cast(Iterable[Any], value)))
+        kinds = [arguments[0]] * len(items) if arguments[-1] is ... else list(arguments)
+        if len(kinds) == len(items):
+            return tuple(
+                _value(kind, item, f"{where}[{i}]")
+                for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
+            )
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", None) if origin is None else str(hint)
+    raise PatchwordError(f"{where} must be {name}, not {value!r:.40}")
+
+
+def to_dict(spec: Any) -> dict[str, Any]:
+    """The JSON form of a spec; `parse(type(spec), to_dict(spec)) == spec`."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return [plain(item) for item in typing.cast("tuple[Any, ...]", value)]
+        return value
+
+    return plain(spec)
+
+
+def differences(ours: Any, theirs: Any, *, free: bool = True, prefix: str = "") -> list[str]:
+    """Dotted names of the fields that differ. With `free=False`, fields that cannot change the
+    result of a run are left out."""
+    found: list[str] = []
+    for f in dataclasses.fields(ours):
+        a, b = getattr(ours, f.name), getattr(theirs, f.name)
+        if not free and f.metadata.get("free"):
+            continue
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            found += differences(a, b, free=free, prefix=f"{prefix}{f.name}.")
+        elif a != b:
+            found.append(prefix + f.name)
+    return found
