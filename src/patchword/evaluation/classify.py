@@ -1,0 +1,313 @@
+"""Classification figures: accuracy, loss, calibration and per-class counts, online and offline.
+
+Every quantity is computed per image in float64 on the CPU and summed once at the end, so the
+figures do not depend on the batch size, and padding and unreadable images (mask False) count
+nowhere. Equal logits rank in the order of their class index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchword.specs import PatchwordError
+from patchword.types import Batch, Forward
+
+BINS = 15
+"""Equal-width bins of the expected calibration error (Guo et al. 2017)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """One evaluation of a classifier. Accuracies, recalls and precisions are fractions."""
+
+    n: int
+    """images measured"""
+    top1: float
+    top5: float
+    """the true class is among the min(5, K) highest logits"""
+    loss: float
+    """mean per image: softmax cross-entropy, or for sigmoid models the binary cross-entropy summed
+    over the classes"""
+    ece: float
+    """expected calibration error of the top-1 probability, 15 equal-width bins"""
+    per_class: dict[str, dict[str, Any]]
+    """class name -> n, recall (None where n is 0), precision (None where never predicted)"""
+    skipped: int
+    """images that could not be read"""
+    labels: NDArray[np.int64]
+    """`[n]`, true class, as the model numbers the classes"""
+    predicted: NDArray[np.int64]
+    """`[n]`"""
+    confidence: NDArray[np.float32]
+    """`[n]`, probability of the predicted class"""
+    indices: NDArray[np.int64]
+    """`[n]`, positions in the source"""
+    bad: tuple[tuple[int, str], ...] = ()
+    """(position in the source, reason) of the images skipped"""
+
+    def confusion(self) -> NDArray[np.int64]:
+        """int64 `[K, K]`: images of the true class (row) given the predicted class (column)."""
+        size = len(self.per_class)
+        counts = np.bincount(self.labels * size + self.predicted, minlength=size * size)
+        return counts.reshape(size, size).astype(np.int64)
+
+    def reliability(
+        self, bins: int = BINS
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """Reliability diagram over equal-width bins of the confidence.
+
+        Returns bin edges `[bins + 1]`, and per bin the accuracy, the mean confidence (both NaN
+        where the bin is empty) and the number of images. A bin holds its upper edge.
+        """
+        return _reliability(self.labels == self.predicted, self.confidence, bins)
+
+    def mistakes(self, count: int) -> NDArray[np.int64]:
+        """Positions in `labels`, `predicted`, ... of the most confident mistakes, worst first."""
+        wrong = np.flatnonzero(self.labels != self.predicted)
+        order = np.lexsort((self.indices[wrong], -self.confidence[wrong]))
+        return wrong[order[:count]].astype(np.int64)
+
+    def scalars(self) -> dict[str, float]:
+        """n, top1, top5, loss and ece."""
+        return {
+            "n": self.n,
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "ece": self.ece,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of `patchword evaluate --json`: n top1 top5 loss ece per_class skipped."""
+        return {**self.scalars(), "per_class": self.per_class, "skipped": self.skipped}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Per-image quantities of one batch, masked images left out, all `[n]`."""
+
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    loss: Tensor
+    rank: Tensor
+    indices: Tensor
+
+
+class Classify:
+    """Evaluator of a classifier on a fixed set of batches; implements `types.Evaluator`.
+
+    `batches` starts a fresh pass over the data. `classes` names the model's K classes in the order
+    of its logits. `prepare` turns uint8 images `[B, C, H, W]` into the model's float input, on its
+    device. `label_map[data class]` is the model's class; without it the two number alike.
+    `data_classes` names the data's classes in errors. `loss` is the loss the model was trained
+    with: it decides the loss reported and what a probability is, softmax, or for sigmoid models
+    the sigmoid of the class's own logit.
+
+    Raises `PatchwordError` if `label_map` holds -1: the model does not know the class.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[], Iterable[Batch]],
+        classes: Sequence[str],
+        prepare: Callable[[Tensor], Tensor],
+        label_map: Sequence[int] | None = None,
+        loss: Literal["softmax", "sigmoid"] = "softmax",
+        data_classes: Sequence[str] | None = None,
+    ) -> None:
+        self._batches = batches
+        self._classes = unique_names(classes)
+        self._prepare = prepare
+        self._loss = loss
+        self._label_map = None
+        if label_map is not None:
+            _check_map(label_map, self._classes, data_classes)
+            self._label_map = torch.tensor(label_map, dtype=torch.int64)
+
+    def __call__(self, forward: Forward) -> dict[str, float]:
+        """The scalars n, top1, top5, loss and ece, for the training log."""
+        return self.measure(forward).scalars()
+
+    def measure(
+        self, forward: Forward, progress: Callable[[int], None] | None = None
+    ) -> Classification:
+        """Evaluate `forward` (the caller puts the model into evaluation mode).
+
+        `progress` is called after each batch with the number of images measured so far. Raises
+        `PatchwordError` where a logit is not finite, where no image could be read, and where a
+        label or the number of logits does not fit the classes.
+        """
+        parts: list[_Measured] = []
+        bad: dict[int, str] = {}
+        done = 0
+        with torch.inference_mode():
+            for batch in self._batches():
+                bad.update(batch.bad)
+                keep = batch.mask.cpu()
+                if keep.any():
+                    logits = forward(self._prepare(batch.images)).float().cpu()
+                    parts.append(self._measure_batch(logits, batch, keep))
+                done += int(keep.sum())
+                if progress is not None:
+                    progress(done)
+        if not parts:
+            reason = f"none of the {len(bad)} images could be read" if bad else "there are none"
+            raise PatchwordError(f"no image to evaluate: {reason}; check the path and the split")
+        return self._summarise(parts, bad)
+
+    def _measure_batch(self, logits: Tensor, batch: Batch, keep: Tensor) -> _Measured:
+        if logits.shape != (len(keep), len(self._classes)):
+            raise PatchwordError(
+                f"the model returned logits of shape {list(logits.shape)} for {len(keep)} images "
+                f"and {len(self._classes)} class names; load the classes.json of this model"
+            )
+        logits = logits[keep].double()
+        labels = self._map(batch.labels.cpu()[keep])
+        indices = batch.indices.cpu()[keep]
+        finite = logits.isfinite().all(dim=1)
+        if not finite.all():
+            raise PatchwordError(
+                f"the model's output for image {int(indices[~finite][0])} is not finite; use "
+                "--precision float32, or an earlier checkpoint"
+            )
+        # numpy's argmax takes the first of equal values on every platform
+        predicted = torch.from_numpy(logits.numpy().argmax(axis=1))
+        target = logits.gather(1, labels[:, None])  # [n, 1]
+        earlier = torch.arange(logits.shape[1]) < labels[:, None]
+        rank = ((logits > target) | ((logits == target) & earlier)).sum(dim=1)
+        if self._loss == "softmax":
+            normaliser, probability = logits.logsumexp(dim=1), logits.softmax(dim=1)
+        else:
+            normaliser, probability = _softplus(logits).sum(dim=1), logits.sigmoid()
+        return _Measured(
+            labels=labels,
+            predicted=predicted,
+            confidence=probability.gather(1, predicted[:, None])[:, 0].float(),
+            loss=normaliser - target[:, 0],
+            rank=rank,
+            indices=indices,
+        )
+
+    def _map(self, labels: Tensor) -> Tensor:
+        count = len(self._classes) if self._label_map is None else len(self._label_map)
+        outside = (labels < 0) | (labels >= count)
+        if outside.any():
+            raise PatchwordError(
+                f"label {int(labels[outside][0])} is not one of the {count} classes; match the "
+                "data's class names with the model's"
+            )
+        return labels if self._label_map is None else self._label_map[labels]
+
+    def _summarise(self, parts: list[_Measured], bad: dict[int, str]) -> Classification:
+        def column(name: str) -> NDArray[Any]:
+            return torch.cat([vars(part)[name] for part in parts]).numpy()
+
+        labels, predicted, confidence = column("labels"), column("predicted"), column("confidence")
+        rank, n = column("rank"), len(labels)
+        return Classification(
+            n=n,
+            top1=int((rank == 0).sum()) / n,
+            top5=int((rank < 5).sum()) / n,
+            loss=math.fsum(column("loss")) / n,
+            ece=_calibration_error(labels == predicted, confidence),
+            per_class=_per_class(self._classes, labels, predicted),
+            skipped=len(bad),
+            labels=labels,
+            predicted=predicted,
+            confidence=confidence,
+            indices=column("indices"),
+            bad=tuple(sorted(bad.items())),
+        )
+
+
+def match_classes(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
+    """The model's class index for each class of the data, by name; -1 where the model has none.
+
+    Equal lists map one to one, even with repeated names; otherwise a repeated name of the model
+    raises `PatchwordError` if the data uses it, since its meaning is open.
+    """
+    if list(data_classes) == list(model_classes):
+        return list(range(len(model_classes)))
+    counts = Counter(model_classes)
+    for name in data_classes:
+        if counts[name] > 1:
+            raise PatchwordError(
+                f"the model has {counts[name]} classes named {name!r}; rename them in classes.json"
+            )
+    position = {name: index for index, name in enumerate(model_classes)}
+    return [position.get(name, -1) for name in data_classes]
+
+
+def unique_names(classes: Sequence[str]) -> list[str]:
+    """`classes`, with `" (index)"` after every name that occurs more than once."""
+    counts = Counter(classes)
+    return [f"{name} ({index})" if counts[name] > 1 else name for index, name in enumerate(classes)]
+
+
+def _check_map(
+    label_map: Sequence[int], classes: Sequence[str], data_classes: Sequence[str] | None
+) -> None:
+    unknown = [index for index, value in enumerate(label_map) if value < 0]
+    if unknown:
+        names = [repr(data_classes[i]) if data_classes else f"number {i}" for i in unknown[:3]]
+        more = ", ..." if len(unknown) > 3 else ""
+        raise PatchwordError(
+            f"the model does not know {len(unknown)} of the data's {len(label_map)} classes: "
+            f"{', '.join(names)}{more}; rename them to the model's names or fine-tune on this data"
+        )
+    beyond = [value for value in label_map if value >= len(classes)]
+    if beyond:
+        raise PatchwordError(
+            f"label_map names class {beyond[0]}, but the model has {len(classes)} classes; build "
+            "it with match_classes"
+        )
+
+
+def _softplus(logits: Tensor) -> Tensor:
+    return logits.clamp(min=0) + logits.abs().neg().exp().log1p()
+
+
+def _per_class(
+    classes: Sequence[str], labels: NDArray[np.int64], predicted: NDArray[np.int64]
+) -> dict[str, dict[str, Any]]:
+    size = len(classes)
+    actual = np.bincount(labels, minlength=size).tolist()
+    given = np.bincount(predicted, minlength=size).tolist()
+    right = np.bincount(labels[labels == predicted], minlength=size).tolist()
+    return {
+        name: {
+            "n": actual[i],
+            "recall": right[i] / actual[i] if actual[i] else None,
+            "precision": right[i] / given[i] if given[i] else None,
+        }
+        for i, name in enumerate(classes)
+    }
+
+
+def _reliability(
+    correct: NDArray[np.bool_], confidence: NDArray[np.float32], bins: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    place = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins).astype(np.int64)
+    with np.errstate(invalid="ignore"):
+        accuracy = np.bincount(place, weights=correct, minlength=bins) / count
+        mean = np.bincount(place, weights=confidence.astype(np.float64), minlength=bins) / count
+    return edges, accuracy, mean, count
+
+
+def _calibration_error(correct: NDArray[np.bool_], confidence: NDArray[np.float32]) -> float:
+    _, accuracy, mean, count = _reliability(correct, confidence, BINS)
+    filled = count > 0
+    gaps = np.abs(accuracy - mean)[filled] * count[filled]
+    return float(gaps.sum() / count.sum())
