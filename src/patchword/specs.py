@@ -27,10 +27,13 @@ class PatchwordError(ValueError):
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
     """`"; did you mean A, B?"` for the closest `options` to `name`, or the first few of them."""
     options = list(options)
-    folded = {option.casefold(): option for option in reversed(options)}
+    folded: dict[str, list[str]] = {}
+    for option in options:
+        folded.setdefault(option.casefold(), []).append(option)
     close = difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=0.5)
     if close:
-        return "; did you mean " + ", ".join(folded[key] for key in close) + "?"
+        found = [option for key in close for option in folded[key]]
+        return "; did you mean " + ", ".join(found[:count]) + "?"
     return "; valid: " + ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
 
 

@@ -1,0 +1,164 @@
+"""The parts of a Vision Transformer: patch embedding, attention, MLP, block, pooling head.
+
+Shapes: b images, n tokens, h heads, d values a head, D = h * d model width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbedding(nn.Module):
+    """Images to patch vectors by one matrix product (Eq. 1): float `[B, C, H, W]` to `[B, N, D]`.
+
+    `weight` is `[D, Ph * Pw * C]`: a patch is flattened row by row, pixel by pixel, channels last.
+    """
+
+    def __init__(self, patch_size: tuple[int, int], in_channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = nn.Parameter(torch.empty(width, math.prod(patch_size) * in_channels))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        b, c, height, width = images.shape
+        ph, pw = self.patch_size
+        rows, columns = height // ph, width // pw
+        patches = images.view(b, c, rows, ph, columns, pw).permute(0, 2, 4, 3, 5, 1)
+        patches = patches.reshape(b, rows * columns, ph * pw * c)
+        return F.linear(patches, self.weight, self.bias)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Eq. 6 and 7 as they stand: softmax(q k^T / sqrt(d)) v, all `[b, h, n, d]`."""
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+    return weights @ v
+
+
+def attention_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The reference with the scale moved to the queries, as batched products over b * h. For
+    training in bfloat16 on a CPU, where the fused kernel's backward pass gains nothing from it."""
+    b, h, n, d = q.shape
+    scaled = (q * d**-0.5).reshape(b * h, n, d)
+    keys, values = k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
+    weights = torch.bmm(scaled, keys.transpose(1, 2)).softmax(-1)
+    return torch.bmm(weights, values).view(b, h, n, d)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The fastest exact attention for this device, dtype and mode; `[b, h, n, d]` each."""
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and torch.is_grad_enabled():
+        return attention_matmul(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Eq. 5-8) over `[b, n, D]`, with q, k and v in one product.
+
+    The rows of `qkv.weight` are all queries, all keys, all values, each head by head.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.query_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
+        self.key_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, width = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return self.projection(attention(q, k, v).transpose(1, 2).reshape(b, n, width))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with exact GELU between, each followed by dropout (section 3.1)."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, hidden)
+        self.output = nn.Linear(hidden, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = drop(F.gelu(self.hidden(x)), self.dropout, self.training)
+        return drop(self.output(x), self.dropout, self.training)
+
+
+def drop(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Dropout that adds no node to the graph when it is off."""
+    return F.dropout(x, rate) if training and rate else x
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: zero the branch `[b, ...]` of whole images with probability `rate`, scale
+    the others by 1 / (1 - rate)."""
+    if not (training and rate):
+        return x
+    keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - rate).div_(1 - rate)
+    return x * keep
+
+
+class Block(nn.Module):
+    """One encoder block (Eq. 2 and 3), pre-norm, over `[b, n, D]`."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        qk_norm: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(width, heads, qk_norm=qk_norm, eps=eps)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp_width, dropout)
+        self.scale1 = None if layer_scale is None else nn.Parameter(torch.empty(width))
+        self.scale2 = None if layer_scale is None else nn.Parameter(torch.empty(width))
+        self.dropout = dropout
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = drop(self.attention(self.norm1(x)), self.dropout, self.training)
+        x = x + self._branch(y, self.scale1)
+        return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
+
+    def _branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        return drop_path(y if scale is None else y * scale, self.drop_path, self.training)
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling: a learned probe attends to all tokens, then a residual MLP
+    (Lee et al., Set Transformer; the MAP head of big_vision). `[b, n, D]` to `[b, D]`."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.heads = heads
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.projection = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, width = x.shape
+        q = self.query(self.probe).view(1, 1, self.heads, -1).transpose(1, 2).expand(b, -1, -1, -1)
+        kv = self.key_value(x).view(b, n, 2, self.heads, width // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
+        pooled = self.projection(attention(q, k, v).transpose(1, 2).reshape(b, width))
+        return pooled + self.mlp(self.norm(pooled))
