@@ -8,10 +8,18 @@ import pytest
 
 import patchword
 
-OPTIONAL = (
-    "datasets huggingface_hub pyarrow tensorboard timm transformers torchvision matplotlib "
-    "sklearn tyro"
-).split()
+OPTIONAL = {
+    "datasets",
+    "huggingface_hub",
+    "pyarrow",
+    "tensorboard",
+    "timm",
+    "transformers",
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "tyro",
+}
 
 
 def loaded_by(code: str) -> set[str]:
