@@ -1,0 +1,123 @@
+"""Division of a source into train, val and test, and its record in a run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchword.data.seeding import derived_seed
+from patchword.data.sources import Source
+from patchword.specs import DataSpec, PatchwordError
+
+Division = dict[str, np.ndarray]
+"""train, val and test -> int64 positions in the source, rising; a part may be empty."""
+
+
+def divide(source: Source, *, val: float, test: float, seed: int) -> Division:
+    """Complete parts: the source's own splits are kept, what is missing is held out of train.
+
+    Without splits (or with nothing but train) all images are divided, with train and test `val` is
+    a share of train, and train with val leaves test empty. Held-out images are stratified by class
+    and drawn by `seed`; a class of two images or more keeps one for training. Fractions left at
+    `DataSpec`'s defaults yield to the source's own.
+    """
+    usual = DataSpec()
+    if source.default_fractions and (val, test) == (usual.val_fraction, usual.test_fraction):
+        val, test = source.default_fractions
+    given = {part: np.asarray(at, np.int64) for part, at in source.parts.items() if len(at)}
+    empty = np.zeros(0, np.int64)
+    if set(given) == {"train", "test"}:
+        train, held = _hold_out(source.labels, given["train"], [val], seed)
+        return {"train": train, "val": held[0], "test": given["test"]}
+    if set(given) - {"train"}:
+        return {part: given.get(part, empty) for part in ("train", "val", "test")}
+    everything = np.arange(len(source), dtype=np.int64)
+    train, held = _hold_out(source.labels, everything, [test, val], seed)
+    return {"train": train, "val": held[1], "test": held[0]}
+
+
+def _hold_out(
+    labels: np.ndarray, indices: np.ndarray, fractions: list[float], seed: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What stays, and one stratified part of `indices` for each of `fractions` of them."""
+    rng = np.random.default_rng(derived_seed(seed, "divide"))
+    groups = [rng.permutation(indices[labels[indices] == k]) for k in np.unique(labels[indices])]
+    counts = np.array([len(group) for group in groups], np.int64)
+    room = np.maximum(counts - 1, 0)
+    taken = np.zeros_like(counts)
+    held: list[np.ndarray] = []
+    for fraction in fractions:
+        quota = _allocate(counts, room - taken, fraction, rng)
+        chosen = [g[t : t + q] for g, t, q in zip(groups, taken, quota, strict=True)]
+        held.append(np.sort(np.concatenate([indices[:0], *chosen])))
+        taken += quota
+    rest = [group[t:] for group, t in zip(groups, taken, strict=True)]
+    return np.sort(np.concatenate([indices[:0], *rest])), held
+
+
+def _allocate(
+    counts: np.ndarray, room: np.ndarray, fraction: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Images to take of each class: `fraction` of all by largest remainders, at most `room`."""
+    total = max(1, round(fraction * int(counts.sum()))) if fraction > 0 else 0
+    total = min(total, int(room.sum()))
+    ideal = counts * fraction
+    quota = np.minimum(np.floor(ideal).astype(np.int64), room)
+    order = np.lexsort((rng.random(len(counts)), np.floor(ideal) - ideal))
+    while quota.sum() < total:
+        for k in order:
+            if quota.sum() < total and quota[k] < room[k]:
+                quota[k] += 1
+    return quota
+
+
+def save_division(path: str | Path, source: Source, division: Division) -> None:
+    """Write `division` as JSON: the source's fingerprint, and the keys of each part."""
+    content: dict[str, Any] = {"fingerprint": source.fingerprint, "digests": source.digests}
+    content |= {part: [source.keys[i] for i in indices] for part, indices in division.items()}
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=0)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_division(path: str | Path, source: Source) -> Division:
+    """The division that `save_division` wrote. Raises `PatchwordError` if the data have changed."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = {part: list(content[part]) for part in ("train", "val", "test")}
+        digests = dict(content["digests"])
+        fingerprint = str(content["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PatchwordError(
+            f"{path} cannot be read as a division ({error}); start a new run"
+        ) from None
+    position = {key: i for i, key in enumerate(source.keys)}
+    if fingerprint != source.fingerprint:
+        changed = [what for what, digest in source.digests.items() if digests.get(what) != digest]
+        known = {key for keys in saved.values() for key in keys}
+        gone, new = known - position.keys(), position.keys() - known
+        details = [
+            f"{len(some)} {word} (such as {min(some)})"
+            for some, word in ((gone, "gone"), (new, "new"))
+            if some
+        ]
+        raise PatchwordError(
+            f"the data are not those of {path}: {' and '.join(changed)} changed"
+            f"{'; ' + ', '.join(details) if details else ''}; restore them, or start a new run"
+        )
+    try:
+        return {
+            part: np.array(sorted(position[key] for key in keys), np.int64)
+            for part, keys in saved.items()
+        }
+    except KeyError as error:
+        raise PatchwordError(
+            f"{path} names {error}, which is not in the data; start a new run"
+        ) from None
