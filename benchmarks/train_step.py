@@ -24,10 +24,9 @@ from torch import Tensor, nn
 import peers
 import timing
 from patchword.models.vit import ViT
-from patchword.specs import OptimSpec
-from patchword.training.objectives import classification_loss
-from patchword.training.optim import build_optimizer
-from patchword.training.parallel import Working, resolve_precision
+from patchword.specs import OptimSpec, TrainSpec
+from patchword.training.loop import Trainer
+from patchword.training.parallel import resolve_precision
 
 BASELINE = "timm float32"
 OPTIM = OptimSpec(lr=1e-4, weight_decay=0.05, clip=1.0)
@@ -63,21 +62,12 @@ def peer_step(model: nn.Module, device: str, *, autocast: bool, compiled: bool) 
     return step
 
 
-def own_step(model: ViT, dtype: torch.dtype, *, compiled: bool) -> Step:
-    """The step of patchword's training loop."""
-    working = Working(model.train(), dtype, compiled)
-    working.train()
-    optimizer = build_optimizer(model, OPTIM)
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        classification_loss(working(images), labels, OPTIM).backward()
-        working.collect()
-        nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        working.refresh()
-
-    return step
+def own_step(model: ViT, dtype: torch.dtype, options: Options, *, compiled: bool) -> Step:
+    """The step of patchword's training loop, which also reads the loss and tests that it and the
+    gradients are finite."""
+    spec = TrainSpec(source="random", optim=OPTIM, batch_size=options.batch_size, compile=compiled)
+    trainer = Trainer(model, spec, torch.device(options.device), dtype)
+    return partial(trainer.step, lr=OPTIM.lr)
 
 
 def contenders(model: ViT, options: Options) -> dict[str, Step]:
@@ -92,8 +82,8 @@ def contenders(model: ViT, options: Options) -> dict[str, Step]:
         ("patchword default compiled", default),
     ):
         if options.wants(name, BASELINE):
-            own = deepcopy(model).to(device)
-            chosen[name] = own_step(own, dtype, compiled="compiled" in name)
+            compiled = name.endswith("compiled")
+            chosen[name] = own_step(deepcopy(model), dtype, options, compiled=compiled)
     for library in peers.installed():
         for precision in ("float32", "autocast", "autocast compiled"):
             name = f"{library} {precision}"
