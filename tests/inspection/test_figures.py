@@ -97,7 +97,7 @@ def test_curves_bear_gaps_and_single_points() -> None:
     x = list(range(200))
     y = [math.exp(-i / 50) if i % 17 else math.nan for i in x]
     drawn = figures.draw_curves(
-        [Series("train", x, y, smooth=True), Series("val", [100], [0.4])],
+        [Series("train", x, y, smooth=True), Series("val", [100], [0.4], figures.VERMILLION)],
         "Loss",
         "loss",
         mark=(100, "best"),

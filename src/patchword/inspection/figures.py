@@ -34,6 +34,7 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    colour: str = BLUE
     smooth: bool = False
 
 
@@ -94,7 +95,7 @@ def draw_position_similarity(similarity: ArrayLike, most: int = 16) -> bytes:
     others = np.abs(flat[~np.eye(rows * cols, dtype=bool)])
     limit = min(1.0, np.ceil(10 * others.max(initial=0.1) + 1e-9) / 10)
     width = 5.4
-    figure = _figure(width, min(width * len(mosaic) / mosaic.shape[1], 12.0) * 0.86 + 0.7)
+    figure = _figure(width, min(width * len(mosaic) / mosaic.shape[1], 12.0) * 0.82 + 0.5)
     axes = figure.add_subplot()
     axes.set_facecolor("#D1D5DB")
     image = axes.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -122,14 +123,14 @@ def draw_curves(
     marked by a vertical line, and its name. Values that are not finite leave a gap."""
     figure = _figure(5.2, 3.1)
     axes = figure.add_subplot()
-    for item, colour in zip(series, (BLUE, VERMILLION, GREEN, GREY) * len(series), strict=False):
+    for item in series:
         x, y = np.asarray(item.x, dtype=np.float64), np.asarray(item.y, dtype=np.float64)
         mean = _running_mean(y) if item.smooth and len(y) >= 40 else None
         if mean is not None:
-            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(x, y, color=item.colour, alpha=0.25, linewidth=0.8)
         shown = y if mean is None else mean
         marker = "o" if len(y) <= 40 else ""
-        axes.plot(x, shown, color=colour, linewidth=1.6, marker=marker, ms=3, label=item.name)
+        axes.plot(x, shown, color=item.colour, linewidth=1.6, marker=marker, ms=3, label=item.name)
     if mark is not None:
         axes.axvline(mark[0], color=GREY, linewidth=1, linestyle="--", label=mark[1])
     _style(axes, title, x_label, y_label)
@@ -203,10 +204,10 @@ def draw_reliability(
     borders, numbers = np.asarray(edges, dtype=np.float64), np.asarray(count)
     hit, sure = np.asarray(accuracy, dtype=np.float64), np.asarray(confidence, dtype=np.float64)
     centres, widths, filled = (borders[1:] + borders[:-1]) / 2, np.diff(borders), numbers > 0
-    figure = _figure(4.6, 4.6)
+    figure = _figure(4.8, 4.8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.bar(centres, np.nan_to_num(hit), widths * 0.92, color=BLUE, label="accuracy")
-    upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect calibration")
+    upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect")
     upper.scatter(
         sure[filled],
         hit[filled],
@@ -215,11 +216,12 @@ def draw_reliability(
         edgecolor="white",
         linewidth=0.6,
         zorder=3,
-        label="mean confidence",
+        clip_on=False,
+        label="mean of the bin",
     )
     upper.set_ylim(0, 1)
     _style(upper, f"Reliability, ECE {100 * ece:.2f} %", "", "accuracy")
-    upper.legend(fontsize=7.5, frameon=False, loc="upper left", labelcolor=INK)
+    figure.legend(fontsize=7.5, frameon=False, loc="outside lower center", ncol=3, labelcolor=INK)
     lower.bar(centres, numbers, widths * 0.92, color=GREY)
     lower.set_xlim(0, 1)
     _style(lower, "", "confidence (probability of the predicted class)", "images")
