@@ -112,8 +112,8 @@ def _limits(run: RunFacts, result: Classification, split: str) -> str:
     names = list(result.per_class)
     use = (
         f"The model assigns an image to one of {facts.count(len(names), 'class', 'classes')}: "
-        f"{_names(names)}. It gives one of them to any image, also to one that shows none of them. Its "
-        "figures hold for images like those it was measured on; for others they are not known."
+        f"{_names(names)}. It gives one of them to any image, also to one that shows none of them. "
+        "Its figures hold for images like those it was measured on; for others they are not known."
     )
     said = "".join(f"\n- {markdown(note)}" for note in facts.notes(run, result, split))
     return f"{use}\n{said}" if said else use
@@ -178,10 +178,11 @@ def _evaluation(result: Classification, split: str) -> str:
 def _use(run: RunFacts) -> str:
     folder = str(run.path)
     source = run.source or "DATA"
+    literal = json.dumps(folder, ensure_ascii=False)
     return (
         "In Python:\n\n"
         f"```python\nimport patchword\n\n"
-        f'for answer in patchword.predict({json.dumps(folder, ensure_ascii=False)}, ["photo.jpg"]):\n'
+        f'for answer in patchword.predict({literal}, ["photo.jpg"]):\n'
         f'    print(answer["path"], answer["label"], answer["probability"])\n```\n\n'
         "On the command line:\n\n"
         f"```sh\npatchword predict {_code(shlex.quote(folder))} photo.jpg\n"

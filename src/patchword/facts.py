@@ -198,11 +198,10 @@ def part(split: str, n: int) -> str:
 
 def duration(seconds: float) -> str:
     """`"1 h 05 min"`, `"1 min 12 s"`, `"8.4 s"`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 

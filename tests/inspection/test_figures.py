@@ -84,8 +84,8 @@ def test_one_mistake_among_many_classes_is_visible() -> None:
 
 
 def test_awkward_class_names() -> None:
-    names = ["$\\frac{", "a$b$c_^", "日本語", "<b>x</b>", "n" * 200]
-    pixels(figures.draw_confusion(np.eye(5, dtype=np.int64), names))
+    names = ["$\\frac{", "a$b$c_^", "日本語", "<b>x</b>", "n" * 200, "two\nlines", "\udc80"]
+    pixels(figures.draw_confusion(np.eye(7, dtype=np.int64), names))
 
 
 def test_a_class_without_images_is_grey() -> None:

@@ -176,7 +176,7 @@ def draw_confusion(matrix: ArrayLike, names: Sequence[str]) -> bytes:
         "true class" if named else "true class, index",
     )
     if named:
-        short = [name if len(name) <= 18 else name[:17] + "\u2026" for name in names]
+        short = [_short(name) for name in names]
         axes.set_xticks(range(size), short, rotation=90 if size > 4 else 0, parse_math=False)
         axes.set_yticks(range(size), short, parse_math=False)
     if size <= 20:
@@ -257,6 +257,12 @@ def _png(figure: Figure) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
+
+
+def _short(name: str, most: int = 18) -> str:
+    """A class name on one line, without what no font can draw."""
+    line = " ".join(name.encode("utf-8", "replace").decode().split())
+    return line if len(line) <= most else line[: most - 1] + "\u2026"
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
