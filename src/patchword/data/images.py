@@ -11,11 +11,12 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""The formats that are opened; JPEG includes MPO, the multi-picture kind of cameras."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 MAX_PIXELS = 178_956_970
-"""Pillow's own limit of what is certainly an attack: half a gigabyte of RGB."""
+"""Pillow's own hard limit: half a gigabyte of RGB. A higher one has no effect."""
 
 AtLeast = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 """(height, width), or a function that makes it from the full image's (height, width)"""
@@ -70,11 +71,14 @@ def decode(
             return image if image.mode == MODES[channels] else _as_mode(image, MODES[channels])
         with _guard, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
             return _decode_file(data, MODES[channels], at_least, max_pixels, said)
     except BadImage:
         raise
     except MemoryError:
         raise BadImage("not enough memory to decode it") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"more than {max_pixels:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise BadImage(
             "empty file" if len(data) == 0 else "not an image of a known format"

@@ -189,11 +189,11 @@ def _digits() -> Source:
 
 
 def _folder(root: Path) -> Source:
-    tops = sorted(entry.name for entry in os.scandir(root) if _visible_folder(entry))
+    tops = sorted(entry.name for entry in _entries(root) if _visible_folder(entry))
     split_of = {
         top: SPLITS[top.lower()]
         for top in tops
-        if top.lower() in SPLITS and any(map(_visible_folder, os.scandir(root / top)))
+        if top.lower() in SPLITS and any(map(_visible_folder, _entries(root / top)))
     }
     if split_of and (
         stray := [top for top in tops if top not in split_of and _has_image(root, top)]
@@ -205,7 +205,7 @@ def _folder(root: Path) -> Source:
     found: list[tuple[str, str, str, int]] = []  # key, class, split, bytes
     for parent in split_of or [""]:
         base = root / parent
-        for entry in os.scandir(base):
+        for entry in _entries(base):
             if not _visible_folder(entry):
                 continue
             for path, size in _images(entry.path):
@@ -231,6 +231,11 @@ def _folder(root: Path) -> Source:
     )
 
 
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
 def _visible_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
 
@@ -243,7 +248,7 @@ def _images(
     if (here.st_dev, here.st_ino) in above:
         return
     above |= {(here.st_dev, here.st_ino)}
-    for entry in os.scandir(folder):
+    for entry in _entries(folder):
         if _visible_folder(entry):
             yield from _images(entry.path, above)
         elif _is_image(entry):

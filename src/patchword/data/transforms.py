@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchword.data.images import MODES, decode
+from patchword.data.images import MODES, BadImage, decode
 from patchword.data.randaugment import randaugment
 from patchword.specs import AugmentSpec, PatchwordError, PreprocessSpec
 
@@ -58,23 +58,25 @@ class _Cropper:
 
     def _cut(self, data: bytes | np.ndarray, choose: Callable[[int, int], Box]) -> Image.Image:
         """The box that `choose(height, width)` names, as an image of `image_size`."""
-        boxes: list[tuple[int, Box]] = []
+        boxes: list[tuple[tuple[int, int], Box]] = []
 
         def at_least(height: int, width: int) -> tuple[int, int]:
             """The size a reduced decode must have for the box to keep `gap` times our pixels."""
             left, upper, right, lower = box = choose(height, width)
-            boxes.append((height, box))
+            boxes.append(((width, height), box))
             return (
                 math.ceil(self._gap * self.image_size[0] * height / (lower - upper)),
                 math.ceil(self._gap * self.image_size[1] * width / (right - left)),
             )
 
         image = decode(data, self.channels, at_least=at_least)
-        ((height, box),) = boxes
-        reduced = round(height / image.height)
-        if reduced > 1:
-            left, upper, right, lower = (edge / reduced for edge in box)
-            box = (left, upper, min(right, image.width), min(lower, image.height))
+        ((full, box),) = boxes
+        if image.size != full:  # a reduced decode, by 2, 4 or 8
+            scale = next((s for s in (2, 4, 8) if [-(-n // s) for n in full] == [*image.size]), 0)
+            if not scale:
+                raise BadImage("not of the size that its header says")
+            left, upper, right, lower = (edge / scale for edge in box)
+            box = (left, upper, right, lower)
         size = (self.image_size[1], self.image_size[0])
         if image.size == size and box == (0, 0, *size):
             return image

@@ -1,0 +1,226 @@
+import io
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from patchword.data.images import BadImage, decode
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_lossless_formats_come_back_exactly(photo, encode, kind, channels, mode):
+    image = photo(9, 14)
+    result = decode(encode(image, kind), channels)
+    assert result.mode == mode
+    np.testing.assert_array_equal(pixels(result), pixels(image.convert(mode)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_formats_come_back_closely(photo, encode, kind):
+    image = photo(40, 56)
+    result = decode(encode(image, kind, quality=95), 3)
+    assert np.abs(pixels(result) - pixels(image)).mean() < 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_pass_through(channels):
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, channels)).astype(np.uint8)
+    seen = []
+    image = decode(array, channels, at_least=lambda h, w: seen.append((h, w)) or (1, 1))
+    np.testing.assert_array_equal(pixels(image).reshape(array.shape), array)
+    assert seen == [(5, 7)]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_once(photo, encode, kind, orientation):
+    image = photo(24, 40)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}}.get(kind, {})
+    data = encode(image, kind, exif=exif, **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    sizes = []
+    result = decode(data, 3, at_least=lambda h, w: sizes.append((w, h)) or (24, 24))
+    assert result.size == expected.size == sizes[0]
+    assert expected.size == ((24, 40) if orientation >= 5 else (40, 24))
+    np.testing.assert_array_equal(pixels(result), pixels(expected))
+
+
+def test_broken_exif_does_not_make_the_pixels_bad(photo, encode):
+    image = photo(16, 16)
+    broken = b"Exif\0\0II*\0\xff\xff\xff\x7f garbage"
+    result = decode(encode(image, "JPEG", exif=broken), 3)
+    np.testing.assert_array_equal(pixels(result), pixels(decode(encode(image, "JPEG"), 3)))
+
+
+def test_16_bit_grey_is_scaled_not_clipped(encode):
+    values = np.linspace(0, 65535, 60).astype(np.uint16).reshape(6, 10)
+    for kind in ("PNG", "TIFF"):
+        result = pixels(decode(encode(Image.fromarray(values), kind), 3))
+        np.testing.assert_allclose(result[..., 0], values / 257, atol=0.51)
+        np.testing.assert_array_equal(result[..., 0], result[..., 2])
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG of raw rows, for kinds that Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_16_bit_colour_is_scaled():
+    values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    result = pixels(decode(png(5, 4, 16, 2, rows), 3))
+    np.testing.assert_allclose(result, values / 257, atol=1)
+
+
+def test_float_and_32_bit_tiff(encode):
+    unit = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    result = pixels(decode(encode(Image.fromarray(unit), "TIFF"), 1))
+    np.testing.assert_allclose(result, unit * 255, atol=0.51)
+    for wrong in (unit * 1000, unit - 0.5, unit * np.nan):
+        with pytest.raises(BadImage, match="pixel values"):
+            decode(encode(Image.fromarray(wrong), "TIFF"), 1)
+
+
+def test_one_bit(encode):
+    bits = np.random.default_rng(0).random((9, 11)) < 0.5
+    result = decode(encode(Image.fromarray(bits), "PNG"), 3)
+    np.testing.assert_array_equal(pixels(result)[..., 1], bits * 255)
+
+
+def test_cmyk_jpeg(photo, encode):
+    image = photo(24, 32)
+    result = decode(encode(image.convert("CMYK"), "JPEG", quality=95), 3)
+    assert np.abs(pixels(result) - pixels(image)).mean() < 3
+
+
+def test_palette(photo, encode):
+    image = photo(10, 12).quantize(32)
+    for kind in ("PNG", "GIF", "BMP"):
+        np.testing.assert_array_equal(
+            pixels(decode(encode(image, kind), 3)), pixels(image.convert("RGB"))
+        )
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_over_white(photo, encode, mode):
+    image = photo(8, 10).convert(mode)
+    alpha = np.arange(80, dtype=np.uint8).reshape(8, 10) * 3
+    image.putalpha(Image.fromarray(alpha))
+    shares = alpha[..., None] / 255
+    rgb = pixels(image.convert("RGB"))
+    result = pixels(decode(encode(image, "PNG"), 3))
+    np.testing.assert_allclose(result, rgb * shares + 255 * (1 - shares), atol=1.01)
+    kept = decode(encode(image, "PNG"), 4)
+    np.testing.assert_array_equal(pixels(kept)[..., 3], alpha)
+
+
+def test_transparent_palette_entry_and_colour_become_white(encode):
+    image = Image.new("P", (4, 2), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((0, 0), 0)
+    for kind in ("PNG", "GIF"):
+        result = decode(encode(image, kind, transparency=0), 3)
+        assert result.getpixel((0, 0)) == (255, 255, 255)
+        assert result.getpixel((1, 0)) == (200, 100, 50)
+    keyed = encode(image.convert("RGB"), "PNG", transparency=(10, 20, 30))
+    assert decode(keyed, 3).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation(encode, kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert decode(data, 3).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_truncated_files_are_bad(photo, encode, kind):
+    image = photo(48, 64)
+    data = encode(image.quantize(64) if kind == "GIF" else image, kind)
+    decode(data, 3)
+    for share in (0.1, 0.5, 0.8):
+        with pytest.raises(BadImage):
+            decode(data[: int(share * len(data))], 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>404</html>", "known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "known format"),
+        (b"\xff\xd8\xff", "."),
+        (b"GIF89a" + b"\0" * 40, "."),
+    ],
+)
+def test_other_bytes_are_bad(data, reason):
+    with pytest.raises(BadImage, match=reason):
+        decode(data, 3)
+
+
+def test_huge_images_are_refused_by_their_header():
+    with pytest.raises(BadImage, match="more than 178,956,970 pixels"):
+        decode(png(30_000, 30_000, 8, 2, b""), 3)
+    with pytest.raises(BadImage, match="10 x 10 is more than 99 pixels"):
+        decode(png(10, 10, 8, 0, (b"\0" + b"\7" * 10) * 10), 1, max_pixels=99)
+    assert decode(png(10, 10, 8, 0, (b"\0" + b"\7" * 10) * 10), 1, max_pixels=100).size == (10, 10)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_large_image_below_the_limit_decodes(photo, encode, monkeypatch, kind):
+    """Beyond half its own limit Pillow warns; that must not stop what our limit allows."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    assert decode(encode(photo(10, 10), kind), 1).size == (10, 10)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reduced_decode_is_close_to_full(photo, encode, channels):
+    data = encode(photo(403, 611), "JPEG", quality=95)
+    full = decode(data, channels)
+    reduced = decode(data, channels, at_least=(100, 150))
+    assert reduced.size == (153, 101)
+    expected = full.resize(reduced.size, Image.Resampling.BOX, box=(0, 0, 611, 403))
+    assert np.abs(pixels(reduced) - pixels(expected)).mean() < 1.5
+    assert decode(data, channels, at_least=(404, 1)).size == full.size
+
+
+def test_threads_may_decode_at_once(photo, encode):
+    """The warning filters are as before afterwards, and each thread gets its own image."""
+    import warnings
+
+    files = [encode(photo(30, 40, seed), "JPEG") for seed in range(8)]
+    expected = [pixels(decode(data, 3)) for data in files]
+    before = list(warnings.filters)
+    wrong = []
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            if not np.array_equal(pixels(decode(files[number], 3)), expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert list(warnings.filters) == before

@@ -1,0 +1,76 @@
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchword.data.randaugment import OPERATIONS, randaugment
+
+
+def test_there_are_sixteen():
+    assert len(OPERATIONS) == 16
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("strength", [0.0, 0.2, 1.0, 1.5, 3.0])
+def test_every_operation_keeps_mode_and_size_and_its_input(photo, name, mode, strength):
+    image = photo(18, 25).convert(mode)
+    before = image.tobytes()
+    for seed in range(4):
+        result = OPERATIONS[name](image, strength, random.Random(seed))
+        assert (result.mode, result.size) == (mode, image.size)
+    assert image.tobytes() == before
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"solarize"}))
+def test_every_operation_does_something_at_full_strength(photo, name):
+    """But solarize, whose threshold is beyond white there, and autocontrast on full contrast."""
+    image = photo(30, 30).point(lambda v: 40 + v // 2)
+    result = OPERATIONS[name](image, 1.0, random.Random(0))
+    assert result.tobytes() != image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "strength"),
+    [("rotate", 0), ("shear_x", 0), ("shear_y", 0), ("translate_x", 0), ("translate_y", 0)]
+    + [("cutout", 0), ("solarize", 1), ("solarize_add", 0), ("posterize", 2), ("color", 0.5)]
+    + [("contrast", 0.5), ("brightness", 0.5), ("sharpness", 0.5)],
+)
+def test_strengths_that_change_nothing(photo, name, strength):
+    image = photo(20, 24)
+    result = OPERATIONS[name](image, float(strength), random.Random(0))
+    assert np.abs(np.asarray(result).astype(int) - np.asarray(image)).max() <= 1
+
+
+def test_values():
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    grey = np.arange(256)
+
+    def values(name: str, strength: float) -> np.ndarray:
+        return np.asarray(OPERATIONS[name](image, strength, random.Random(0))).ravel()
+
+    np.testing.assert_array_equal(values("invert", 1), 255 - grey)
+    np.testing.assert_array_equal(values("posterize", 1), grey & 0xF0)
+    np.testing.assert_array_equal(values("solarize", 0.5), np.where(grey < 128, grey, 255 - grey))
+    np.testing.assert_array_equal(values("solarize_add", 1), np.where(grey < 128, grey + 110, grey))
+    expected = np.minimum(255, grey * 1.9)
+    np.testing.assert_allclose(values("brightness", 1), expected, atol=1)
+
+
+def test_translation_and_cutout_sizes():
+    white = Image.new("L", (224, 112), 255)
+    for seed in range(10):
+        moved = np.asarray(OPERATIONS["translate_x"](white, 1.0, random.Random(seed)))
+        assert int((moved == 128).sum()) == 100 * 112
+        cut = np.asarray(OPERATIONS["cutout"](white, 1.0, random.Random(seed)))
+        assert 40 * 20 <= int((cut == 128).sum()) <= 80 * 40
+
+
+def test_layers_and_seeds(photo):
+    image = photo(20, 20)
+    assert randaugment(image, 0, 10.0, random.Random(0)).tobytes() == image.tobytes()
+    results = {randaugment(image, 2, 10.0, random.Random(seed)).tobytes() for seed in range(30)}
+    assert len(results) > 20
+    again = [randaugment(image, 2, 10.0, random.Random(5)).tobytes() for _ in range(2)]
+    assert again[0] == again[1]

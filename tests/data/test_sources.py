@@ -1,0 +1,307 @@
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+from patchword.data import parquet
+from patchword.data.images import BadImage, decode
+from patchword.data.sources import open_source
+from patchword.specs import PatchwordError
+
+
+def test_digits():
+    source = open_source("digits")
+    assert (source.name, len(source), source.channels) == ("digits", 1797, 1)
+    assert source.classes == tuple("0123456789")
+    assert len(set(source.keys)) == 1797
+    images = np.stack([source.read(i) for i in range(1797)])
+    assert images.shape == (1797, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert (images.min(), images.max()) == (0, 255)
+    assert set(np.unique(images)) == {round(v * 255 / 16) for v in range(17)}
+
+
+def test_a_folder_per_class(folder):
+    root = folder({"dog": 2, "cat/indoors": 2, "cat/outdoors": 1, "empty": 0})
+    (root / "cat" / "notes.txt").write_text("no image")
+    (root / "cat" / ".hidden.png").write_bytes(b"")
+    (root / "dog" / "LOUD.JPEG").write_bytes(b"broken")
+    source = open_source(str(root))
+    assert source.name == "pets"
+    assert source.classes == ("cat", "dog")
+    assert list(source.keys) == [
+        *("cat/indoors/000.png", "cat/indoors/001.png", "cat/outdoors/000.png"),
+        *("dog/000.png", "dog/001.png", "dog/LOUD.JPEG"),
+    ]
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.labels.dtype == np.int64
+    assert source.parts == {}
+    assert source.location(5) == str(root / "dog/LOUD.JPEG")
+    assert source.read(5) == b"broken"
+    assert decode(source.read(0), 3).size == (16, 12)
+    (root / "dog/LOUD.JPEG").unlink()
+    with pytest.raises(BadImage, match="No such file"):
+        source.read(5)
+
+
+@pytest.mark.parametrize("val", ["val", "validation", "Valid"])
+def test_a_folder_with_splits(folder, val):
+    root = folder({"train/a": 3, "train/b": 2, f"{val}/b": 1, "test/a": 2, "notes": 0})
+    source = open_source(str(root))
+    assert source.classes == ("a", "b")
+    found = {part: [source.keys[i] for i in at] for part, at in source.parts.items()}
+    assert found == {
+        "train": [f"train/a/00{i}.png" for i in range(3)]
+        + [f"train/b/00{i}.png" for i in range(2)],
+        "val": [f"{val}/b/000.png"],
+        "test": ["test/a/000.png", "test/a/001.png"],
+    }
+
+
+def test_a_class_may_be_called_train(folder):
+    source = open_source(str(folder({"train": 2, "bus": 1})))
+    assert source.classes == ("bus", "train")
+    assert source.parts == {}
+
+
+def test_images_beside_splits_are_an_error(folder):
+    with pytest.raises(PatchwordError, match="images in extra/ beside the split"):
+        open_source(str(folder({"train/a": 1, "extra": 1})))
+
+
+def test_linked_folders_are_followed_but_not_in_circles(folder, tmp_path):
+    root = folder({"a": 1, "b": 1})
+    (root / "a" / "loop").symlink_to(root / "a")
+    (root / "c").symlink_to(root / "b")
+    assert list(open_source(str(root)).keys) == ["a/000.png", "b/000.png", "c/000.png"]
+
+
+def test_fingerprints_follow_the_data_not_the_place(folder, tmp_path):
+    root = folder({"a": 2, "b": 1})
+    first = open_source(str(root)).fingerprint
+    assert len(first) == 64
+    moved = root.rename(tmp_path / "elsewhere")
+    assert open_source(str(moved)).fingerprint == first
+    (moved / "b" / "000.png").rename(moved / "a" / "new.png")
+    assert open_source(str(moved)).fingerprint != first
+
+
+def manifest(root, text):
+    (root / "list.csv").write_text(text, encoding="utf-8")
+    return str(root / "list.csv")
+
+
+def test_manifest(folder):
+    root = folder({"a": 3})
+    text = (
+        "label,path,split\nx,a/000.png,train\ny,a/001.png,Validation\n"
+        f'"x, too",{root}/a/002.png,test\n'
+    )
+    source = open_source(manifest(root, text))
+    assert source.classes == ("x", "x, too", "y")
+    assert source.labels.tolist() == [0, 2, 1]
+    assert {part: at.tolist() for part, at in source.parts.items()} == {
+        "train": [0],
+        "val": [1],
+        "test": [2],
+    }
+    assert [decode(source.read(i), 3).size for i in range(3)] == [(16, 12)] * 3
+
+
+def test_manifest_without_splits_and_with_a_missing_file(folder):
+    source = open_source(manifest(folder({"a": 1}), "\ufeffpath,label\na/000.png,x\ngone.png,y\n"))
+    assert source.parts == {}
+    assert source.sizes[1] == -1
+    with pytest.raises(BadImage, match="No such file"):
+        source.read(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column 'label'"),
+        ("file,label\na,b\n", "no column 'path'"),
+        ("path,label\n", "lists no images"),
+        ("path,label\na/000.png,\n", "line 2: empty path or label"),
+        ("path,label\na/000.png,x\na/000.png,y\n", "line 3: 'a/000.png' is on line 2 too"),
+        ("path,label,split\na/000.png,x,later\n", "line 2: split 'later'; use train, val or test"),
+        ("path,label\nnone.png,x\n", "none of its 1 files exist, such as 'none.png'"),
+    ],
+)
+def test_manifest_errors_name_the_line(folder, text, message):
+    with pytest.raises(PatchwordError) as caught:
+        open_source(manifest(folder({"a": 1}), text))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no/such/place", "hub", "digit", "{tmp}/notes.txt", "{tmp}"])
+def test_unknown_sources_name_what_is_accepted(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(PatchwordError) as caught:
+        open_source(name.format(tmp=tmp_path))
+    assert "folder per class" in str(caught.value)
+    assert ".csv manifest" in str(caught.value)
+
+
+# Parquet -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write(photo, encode):
+    """`write(path, labels)`: a parquet file of small PNG images, row groups of 3."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def make(path, labels, names=None, struct=True, column="image"):
+        files = [encode(photo(6, 8, i)) for i in range(len(labels))]
+        images = [{"bytes": data, "path": None} for data in files] if struct else files
+        table = pa.table({column: images, "label": labels})
+        if names:
+            features = {"label": {"names": names, "_type": "ClassLabel"}}
+            metadata = json.dumps({"info": {"features": features}})
+            table = table.replace_schema_metadata({"huggingface": metadata})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path, row_group_size=3)
+        return files
+
+    return make
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_parquet_of_the_hub_layout(tmp_path, write, monkeypatch, below, limit):
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(parquet, "GROUPS_KEPT", 2)
+    root = tmp_path / "birds"
+    names = ["wren", "auk"]
+    parts = {"test": 4, "train": 10, "validation": 2}
+    files = []
+    for part, count in parts.items():
+        path = root / below / f"{part}-00000-of-00001.parquet"
+        files += write(path, [i % 2 for i in range(count)], names)
+    source = open_source(str(root))
+    assert (source.name, source.classes) == ("birds", ("wren", "auk"))
+    assert {part: at.tolist() for part, at in source.parts.items()} == {
+        "train": list(range(4, 14)),
+        "val": [14, 15],
+        "test": [0, 1, 2, 3],
+    }
+    assert len(set(source.keys)) == 16
+    assert source.location(5).endswith("train-00000-of-00001.parquet row 1")
+    copy = pickle.loads(pickle.dumps(source))
+    for i in np.random.default_rng(0).permutation(16):
+        assert source.read(i) == copy.read(i) == files[i]
+    assert copy.fingerprint == source.fingerprint
+    assert len(pickle.dumps(source)) < 5000
+
+
+def test_parquet_of_other_kinds(tmp_path, write):
+    files = write(tmp_path / "a.parquet", ["x", "y", "x"], struct=False, column="img")
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert (source.name, source.classes, source.parts) == ("a", ("x", "y"), {})
+    assert source.labels.tolist() == [0, 1, 0]
+    assert [source.read(i) for i in range(3)] == files
+    write(tmp_path / "b" / "train" / "0000.parquet", [7, 5, 7])
+    numbered = open_source(str(tmp_path / "b"))
+    assert numbered.classes == ("5", "7")
+    assert numbered.labels.tolist() == [1, 0, 1]
+    assert list(numbered.parts) == ["train"]
+
+
+def test_parquet_errors(tmp_path, write):
+    def message(*files):
+        root = tmp_path / f"set{len(list(tmp_path.iterdir()))}"
+        for name, labels, options in files:
+            write(root / name, labels, **options)
+        with pytest.raises(PatchwordError) as caught:
+            open_source(str(root))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "without a label" in message(("train-0.parquet", [0, -1], {"names": ["a"]}))
+    assert "label 3 but 2 class" in message(("train-0.parquet", [0, 3], {"names": ["a", "b"]}))
+    assert "no column image or img" in message(("train-0.parquet", [0], {"column": "photo"}))
+    assert "belongs to no split" in message(("train-0.parquet", [0], {}), ("x.parquet", [0], {}))
+    differing = [
+        ("test-0.parquet", [0], {"names": ["a"]}),
+        ("val-0.parquet", [0], {"names": ["b"]}),
+    ]
+    assert "class names differ" in message(*differing)
+    (tmp_path / "junk.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(PatchwordError, match="cannot be read"):
+        open_source(str(tmp_path / "junk.parquet"))
+
+
+def test_rows_without_an_image_are_bad(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = pa.array([None, {"bytes": None}], pa.struct([("bytes", pa.binary())]))
+    pq.write_table(pa.table({"image": images, "label": ["a", "b"]}), tmp_path / "a.parquet")
+    source = open_source(str(tmp_path / "a.parquet"))
+    for row in range(2):
+        with pytest.raises(BadImage, match="no image bytes"):
+            source.read(row)
+
+
+def test_the_hub_is_read_without_decoding(tmp_path, write, monkeypatch):
+    import datasets
+
+    names = ["wren", "auk"]
+    paths = {
+        split: str(tmp_path / f"{split}.parquet") for split in ("train", "validation", "extra")
+    }
+    files = {}
+    for split, path in paths.items():
+        labels = [0, 1, 1, 0, 1]
+        data = {
+            "image": [
+                {"bytes": b"no image " + split.encode() * (i + 1), "path": None} for i in range(5)
+            ],
+            "label": labels,
+        }
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        )
+        files[split] = datasets.Dataset.from_dict(data, features=features)
+    asked = []
+
+    def load_dataset(name):
+        asked.append(name)
+        return datasets.DatasetDict(files)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("hub:org/birds")
+    assert asked == ["org/birds"]
+    assert (source.name, source.classes, len(source)) == ("birds", ("wren", "auk"), 10)
+    assert {part: at.tolist() for part, at in source.parts.items()} == {
+        "train": [0, 1, 2, 3, 4],
+        "val": [5, 6, 7, 8, 9],
+    }
+    assert source.labels.tolist() == [0, 1, 1, 0, 1] * 2
+    assert source.read(6) == b"no image validationvalidation"
+    assert source.location(6) == "hub:org/birds val row 1"
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("datasets", "hub:o/n"), ("pyarrow", "{tmp}/a.parquet")]
+)
+def test_a_missing_extra_is_named_with_its_command(tmp_path, monkeypatch, library, name):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(PatchwordError, match=r"pip install .*\[hub\]"):
+        open_source(name.format(tmp=tmp_path))
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    import datasets
+
+    def fail(name):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(PatchwordError, match="hub:o/n cannot be loaded .no route to host.; check"):
+        open_source("hub:o/n")
