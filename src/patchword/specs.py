@@ -24,6 +24,18 @@ class PatchwordError(ValueError):
     """An error the user can act on. Its message is one line: the cause, and the next step."""
 
 
+class UsageError(PatchwordError):
+    """The user asked for something that does not exist or does not fit; exit code 2."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run, after a step and a checkpoint."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
 def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
     """`"; did you mean A, B?"` for the closest `options` to `name`, or the first few of them."""
     options = list(options)
@@ -39,13 +51,14 @@ def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise PatchwordError(message)
+        raise UsageError(message)
 
 
 Pool = Literal["token", "gap", "map"]
 Head = Literal["linear", "mlp"]
 Position = Literal["learned", "sincos2d", "none"]
 Interpolation = Literal["bilinear", "bicubic"]
+Loss = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,8 @@ class ViTSpec:
     registers: int = 0
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    probability: Loss = "softmax"
+    """how logits become probabilities, as the model was trained"""
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "mlp_width", "heads", "in_channels"):
@@ -210,7 +225,7 @@ class OptimSpec:
     rsqrt_timescale: int = 10_000
     final_lr: float = 0.0
     weight_decay: float = 0.05
-    """decoupled, multiplied by the learning rate (AdamW); for sgd too"""
+    """adamw: decoupled, multiplied by the learning rate; sgd: added to the gradient"""
     decay_all: bool = False
     """decay biases, norms, tokens and position tables too"""
     beta1: float = 0.9
@@ -220,7 +235,7 @@ class OptimSpec:
     """global gradient norm, 0 for no clipping"""
     accumulate: int = 1
     """micro-batches per step; the batch size is that of the step"""
-    loss: Literal["softmax", "sigmoid"] = "softmax"
+    loss: Loss = "softmax"
     label_smoothing: float = 0.0
     average: float = 0.0
     """decay of the exponential moving average of the weights, 0 for none (paper: 0.9999)"""
@@ -275,7 +290,11 @@ class TrainSpec:
     """One training run. None and "auto" are resolved once, when the run starts, and stored."""
 
     source: str
-    model: str = "ViT-S/16"
+    """what to train on: a folder, a .csv file, parquet, digits, or hub:NAME"""
+    recipe: str | None = None
+    """where the defaults come from; `patchword recipes` lists them"""
+    model: str | None = None
+    """variant, such as ViT-S/16; by default that of --init, else of the recipe"""
     init: str | None = None
     """weights to start from: a .safetensors file, or a run directory"""
     image_size: tuple[int, ...] = (224,)
@@ -353,22 +372,22 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def parse(cls: type[T], data: Any, where: str = "") -> T:
-    """A `cls` from parsed JSON. Raises `PatchwordError` on unknown or missing keys and on values of
+    """A `cls` from parsed JSON. Raises `UsageError` on unknown or missing keys and on values of
     the wrong type, naming the key."""
     if not isinstance(data, Mapping):
-        raise PatchwordError(f"{where or cls.__name__} must be an object, not {data!r:.40}")
+        raise UsageError(f"{where or cls.__name__} must be an object, not {data!r:.40}")
     hints = _hints(cls)
     known = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     values: dict[str, Any] = {}
     for key, value in typing.cast(Mapping[str, Any], data).items():
         path = f"{where}.{key}" if where else key
         if key not in known:
-            raise PatchwordError(f"unknown key {path!r}{nearest(key, known)}")
+            raise UsageError(f"unknown key {path!r}{nearest(key, known)}")
         values[key] = _value(hints[key], value, path)
     for name, spec_field in known.items():
         required = spec_field.default is spec_field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise PatchwordError(f"missing key {where + '.' if where else ''}{name}")
+            raise UsageError(f"missing key {where + '.' if where else ''}{name}")
     return cls(**values)
 
 
@@ -384,7 +403,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal and value in arguments:
         return value
     if origin is Literal and isinstance(value, str):
-        raise PatchwordError(f"{where} is {value!r}{nearest(value, map(str, arguments))}")
+        raise UsageError(f"{where} is {value!r}{nearest(value, map(str, arguments))}")
     if origin is tuple and isinstance(value, (list, tuple)):
         items = typing.cast("list[Any]", list(typing.cast(Iterable[Any], value)))
         kinds = [arguments[0]] * len(items) if arguments[-1] is ... else list(arguments)
@@ -398,7 +417,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     elif hint in (int, str, bool) and type(value) is hint:
         return value
     name = getattr(hint, "__name__", None) if origin is None else str(hint)
-    raise PatchwordError(f"{where} must be {name}, not {value!r:.40}")
+    raise UsageError(f"{where} must be {name}, not {value!r:.40}")
 
 
 def to_dict(spec: Any) -> dict[str, Any]:
@@ -412,6 +431,36 @@ def to_dict(spec: Any) -> dict[str, Any]:
         return value
 
     return plain(spec)
+
+
+def changed(spec: T, **changes: Any) -> T:
+    """`spec` with some fields changed, found by name in it or in its groups:
+    `changed(spec, lr=0.01, steps=100)`. Raises `UsageError` on unknown names and bad values."""
+    values = to_dict(spec)
+    places = dict.fromkeys(values, values)
+    for group in list(values.values()):
+        if isinstance(group, dict):
+            places |= dict.fromkeys(typing.cast("dict[str, Any]", group), group)
+    for name, value in changes.items():
+        if name not in places:
+            raise UsageError(f"unknown setting {name!r}{nearest(name, places)}")
+        places[name][name] = value
+    return parse(type(spec), values)
+
+
+LENGTHS = ("steps", "epochs", "images", "time")
+
+
+def with_length(spec: TrainSpec, base: TrainSpec) -> TrainSpec:
+    """`spec` with one length: where it differs from `base`, what it changed replaces what `base`
+    had. Raises `UsageError` if two lengths were given."""
+    given = [n for n in LENGTHS if getattr(spec, n) not in (None, getattr(base, n))]
+    if len(given) > 1:
+        flags = " and ".join(f"--{name}" for name in given)
+        raise UsageError(f"{flags} both set the length of the run; give one of them")
+    if given:
+        spec = dataclasses.replace(spec, **{n: None for n in LENGTHS if n != given[0]})
+    return spec
 
 
 def differences(ours: Any, theirs: Any, *, free: bool = True, prefix: str = "") -> list[str]:

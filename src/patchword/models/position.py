@@ -14,10 +14,10 @@ def resample_position_embedding(
 ) -> Tensor:
     """A position table for another grid of patches, interpolated in 2-D (section 3.2).
 
-    `table` is float `[..., T + N, D]` with N = rows * columns of `old_grid`, row by row; the first T
-    entries (class token, registers) stay as they are. Bicubic with antialiasing, computed in
-    float32. Returns `[..., T + N', D]` of the same dtype; the table itself if the grids are equal.
-    Raises `ValueError` if the table is smaller than `old_grid`.
+    `table` is float `[..., T + N, D]` with N = rows * columns of `old_grid`, row by row; the
+    first T entries (class token, registers) stay as they are. Bicubic with antialiasing, computed
+    in float32. Returns `[..., T + N', D]` of the same dtype; the table itself if the grids are
+    equal. Raises `ValueError` if the table is smaller than `old_grid`.
     """
     patches = math.prod(old_grid)
     entries, width = table.shape[-2:]
@@ -33,8 +33,10 @@ def resample_position_embedding(
 
 
 def sincos_2d(grid: tuple[int, int], width: int, temperature: float = 10_000.0) -> Tensor:
-    """The fixed 2-D sine-cosine table, float32 `[1, N, D]` ("Better plain ViT baselines"): a quarter
-    of the width each for sin x, cos x, sin y, cos y. Raises `ValueError` unless 4 divides D."""
+    """The fixed 2-D sine-cosine table, float32 `[1, N, D]` ("Better plain ViT baselines").
+
+    A quarter of the width each for sin x, cos x, sin y, cos y. Raises `ValueError` unless 4 divides
+    D and D is 8 or more."""
     if width % 4 or width < 8:
         raise ValueError(f"sincos2d needs a width of 8 or more that 4 divides, not {width}")
     quarter = width // 4

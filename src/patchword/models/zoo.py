@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from patchword.models.vit import ViT, macs
-from patchword.specs import PatchwordError, PreprocessSpec, ViTSpec, nearest, parse, to_dict
+from patchword.specs import PreprocessSpec, UsageError, ViTSpec, nearest, parse, to_dict
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def model_spec(
     **options: Any,
 ) -> ViTSpec:
     """The spec of a named variant with some fields changed. Names are case-sensitive (`ViT-b` is
-    not `ViT-B`). Raises `PatchwordError` on unknown names and options, with the nearest valid."""
+    not `ViT-B`). Raises `UsageError` on unknown names and options, with the nearest valid."""
     match = NAME.fullmatch(name)
     if not match or match[1] not in SHAPES:
-        raise PatchwordError(f"unknown model {name!r}{nearest(name, list_models())}")
+        raise UsageError(f"unknown model {name!r}{nearest(name, list_models())}")
     fields = {f.name for f in dataclasses.fields(ViTSpec)}
     for option in options:
         if option not in fields:
-            raise PatchwordError(f"unknown model option {option!r}{nearest(option, sorted(fields))}")
+            raise UsageError(f"unknown model option {option!r}{nearest(option, sorted(fields))}")
     patch = int(match[2])
     base = ViTSpec(
         **vars(SHAPES[match[1]]),
@@ -90,9 +90,9 @@ def create_model(
 ) -> ViT:
     """A freshly initialised model.
 
-    `image_size` in pixels, one side or (height, width), multiples of the patch size. `num_classes=0`
-    leaves out the head. `options` are fields of `ViTSpec`: `create_model("ViT-B/16", pool="gap",
-    drop_path=0.1)`, `create_model("ViT-Ti/4", 10, 32, depth=9)`. Raises `PatchwordError` on
+    `image_size` in pixels, one side or (height, width), multiples of the patch size.
+    `num_classes=0` leaves out the head. `options` are fields of `ViTSpec`: `create_model("ViT-B/16", pool="gap",
+    drop_path=0.1)`, `create_model("ViT-Ti/4", 10, 32, depth=9)`. Raises `UsageError` on
     unknown names, options and values, naming the nearest valid ones.
     """
     spec = model_spec(

@@ -1,0 +1,429 @@
+"""The command line: one thin function per command."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from tyro.conf import Positional
+
+from patchword.specs import (
+    Device,
+    Interrupted,
+    PatchwordError,
+    Precision,
+    TrainSpec,
+    UsageError,
+    nearest,
+    parse,
+    with_length,
+)
+from patchword.training.recipes import RECIPES, base_spec, find_recipe
+
+T = TypeVar("T")
+err = Console(stderr=True)
+out = Console()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainSpec):
+    """Train a Vision Transformer, or with --init fine-tune one. The same command resumes."""
+
+    source: Positional[str]
+    """a folder with a folder per class, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    config: str | None = None
+    """a config.json to start from, such as that of another run"""
+    out: str | None = None
+    """the run directory, by default runs/DATA-MODEL"""
+    overwrite: bool = False
+    """delete what is in the run directory and start again"""
+    json: bool = False
+    """print the result as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Measure a model: accuracy, loss, calibration, recall and precision per class."""
+
+    model: Positional[str]
+    """a run directory or a .safetensors file"""
+    data: Positional[str]
+    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    split: str | None = None
+    """train, val, test or all; by default test, else val, else what the run held out, else all"""
+    image_size: tuple[int, ...] | None = None
+    """one side, or height and width, in pixels; by default the model's"""
+    batch_size: int | None = None
+    device: Device = "auto"
+    precision: Precision = "float32"
+    workers: int | None = None
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    json: bool = False
+    """print the result as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictArguments:
+    """Classify images."""
+
+    model: Positional[str]
+    """a run directory or a .safetensors file"""
+    images: Positional[tuple[str, ...]]
+    """files, folders, patterns, or - for a list on standard input"""
+    top: int = 5
+    """classes to give for each image"""
+    image_size: tuple[int, ...] | None = None
+    """one side, or height and width, in pixels; by default the model's"""
+    batch_size: int | None = None
+    device: Device = "auto"
+    precision: Precision = "float32"
+    workers: int | None = None
+    json: bool = False
+    """print a JSON list of {path, label, probability, top}"""
+    csv: bool = False
+    """print comma-separated values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """Train, evaluate and inspect a small model on scikit-learn's digits, in about a minute."""
+
+    out: str = "runs/demo"
+    """the run directory"""
+    seed: int = 0
+    overwrite: bool = False
+    """delete what is in the run directory and start again"""
+    json: bool = False
+    """print the result as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListArguments:
+    """What there is to choose from."""
+
+    name: Positional[str | None] = None
+    """one of them, in detail"""
+    json: bool = False
+    """print as JSON"""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train from scratch, or with --init transfer; the same command resumes."""
+    base = _base_spec(arguments)
+    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(TrainSpec)}
+    args = _parse(
+        TrainArguments, arguments, "train", default=TrainArguments(**values), flatten=True
+    )
+    spec = with_length(
+        TrainSpec(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainSpec)}), base
+    )
+    from patchword.workflows.training_run import train as run
+
+    result = run(spec, out=args.out, overwrite=args.overwrite, console=err)
+    return _show_run(result.run, result.summary, args.json)
+
+
+def _base_spec(arguments: Sequence[str]) -> TrainSpec:
+    """The settings of --config or --recipe, which the flags are laid over."""
+    given = {name: _option(arguments, name) for name in ("config", "recipe", "init")}
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if given["config"] is None:
+        base = base_spec(first or "", given["recipe"], given["init"])
+    else:
+        path = Path(given["config"])
+        try:
+            base = parse(TrainSpec, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UsageError(f"--config {path} cannot be read: {error}") from None
+        if base.steps is not None:  # the length that was found, not how it was asked for
+            base = dataclasses.replace(base, epochs=None, images=None, time=None)
+    return dataclasses.replace(base, source=base.source or tyro.MISSING)
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """The last value of --name, before the real parser is built."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == f"--{name}":
+            found = following
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _show_run(run: Path, summary: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        out.print_json(data={"run": str(run)} | summary)
+    else:
+        report = run / "report.html"
+        if report.exists():
+            out.print(f"report  {report}", highlight=False, soft_wrap=True)
+        out.print(f"weights {run}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Accuracy, loss, calibration, and per class."""
+    args = _parse(EvaluateArguments, arguments, "evaluate")
+    from patchword.workflows.measuring import evaluate as measure
+
+    values = vars(args) | {"image_size": _size(args.image_size)}
+    del values["json"]
+    done = measure(**values, console=err)
+    result = done.classification
+    err.print(f"split {done.split}: {done.why}", highlight=False)
+    if args.json:
+        out.print_json(data=result.to_dict() | {"split": done.split})
+        return 0
+    table = Table("images", "top-1", "top-5", "loss", "calibration error")
+    table.add_row(
+        f"{result.n:,}",
+        f"{100 * result.top1:.2f} %",
+        f"{100 * result.top5:.2f} %",
+        f"{result.loss:.4f}",
+        f"{100 * result.ece:.2f} %",
+    )
+    out.print(table)
+    classes = Table("class", "images", "recall", "precision")
+    for name, row in result.per_class.items():
+        if row["n"]:
+            classes.add_row(
+                name, str(row["n"]), _percent(row["recall"]), _percent(row["precision"])
+            )
+    out.print(classes)
+    return 0
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _size(values: tuple[int, ...] | None) -> tuple[int, int] | None:
+    if values is None:
+        return None
+    if len(values) not in (1, 2):
+        raise UsageError("--image-size takes one or two numbers")
+    return values[0], values[-1]
+
+
+def predict(arguments: Sequence[str]) -> int:
+    """Classify files, folders, patterns, or a list on standard input."""
+    args = _parse(PredictArguments, arguments, "predict")
+    if args.top < 1:
+        raise UsageError("--top must be 1 or more")
+    if not args.images:
+        raise UsageError("no images given; name files, folders or a pattern, or - to read a list")
+    images = [path for name in args.images for path in (_lines_in() if name == "-" else [name])]
+    from patchword.workflows.measuring import predict as classify
+
+    values = vars(args) | {"images": images, "image_size": _size(args.image_size)}
+    for name in ("json", "csv"):
+        del values[name]
+    bad: dict[str, str] = {}
+    found = classify(**values, bad=bad)
+    if args.json:
+        out.print_json(data=[prediction.to_dict() for prediction in found])
+    elif args.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        ranks = range(1, 1 + max((len(p.top) for p in found), default=0))
+        writer.writerow(
+            ["path", *(f"{what}{k}" for k in ranks for what in ("label", "probability"))]
+        )
+        for prediction in found:
+            writer.writerow([prediction.path, *(x for pair in prediction.top for x in pair)])
+    else:
+        table = Table("image", "label", "probability", "then")
+        for prediction in found:
+            then = ", ".join(f"{label} {100 * p:.1f} %" for label, p in prediction.top[1:])
+            table.add_row(
+                prediction.path, prediction.label, f"{100 * prediction.probability:.1f} %", then
+            )
+        out.print(table)
+    if bad:
+        err.print(f"{len(bad)} of {len(bad) + len(found)} files could not be read", highlight=False)
+    return 0 if found else 1
+
+
+def _lines_in() -> list[str]:
+    return [line for line in sys.stdin.read().splitlines() if line]
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """The main job on built-in real data, under two minutes."""
+    args = _parse(DemoArguments, arguments, "demo")
+    from patchword.workflows.training_run import train as run
+
+    result = run("digits", out=args.out, overwrite=args.overwrite, seed=args.seed, console=err)
+    return _show_run(result.run, result.summary, args.json)
+
+
+def models(arguments: Sequence[str]) -> int:
+    """The variants, with parameters and cost."""
+    args = _parse(ListArguments, arguments, "models")
+    from patchword.models.zoo import list_models, model_cost, model_spec
+
+    names = [args.name] if args.name else list_models()
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        size = 224
+        spec = model_spec(name, image_size=size)
+        parameters, macs = model_cost(spec)
+        rows.append(
+            {
+                "name": name,
+                "depth": spec.depth,
+                "width": spec.width,
+                "mlp_width": spec.mlp_width,
+                "heads": spec.heads,
+                "parameters": parameters,
+                "gmacs": macs / 1e9,
+            }
+        )
+    if args.json:
+        out.print_json(data=rows)
+        return 0
+    table = Table("model", "depth", "width", "MLP", "heads", "parameters", "GMACs at 224 px")
+    for row in rows:
+        *shape, parameters, gmacs = list(row.values())
+        table.add_row(*map(str, shape), f"{parameters:,}", f"{gmacs:.2f}")
+    out.print(table)
+    return 0
+
+
+def recipes(arguments: Sequence[str]) -> int:
+    """The recipes, with source and expected result."""
+    args = _parse(ListArguments, arguments, "recipes")
+    rows = [find_recipe(args.name)] if args.name else list(RECIPES.values())
+    if args.json:
+        out.print_json(data=[vars(row) | {"command": row.command} for row in rows])
+    elif args.name:
+        from patchword.workflows.runs import recipe_cost
+
+        row = rows[0]
+        about = {
+            "title": row.title,
+            "source": row.source,
+            "expected": row.expected,
+            "cost": recipe_cost(row),
+            "command": row.command,
+        }
+        for key, value in about.items():
+            out.print(f"[bold]{key:9}[/bold]{value}", highlight=False)
+        out.print_json(data=row.settings)
+    else:
+        table = Table("recipe", "what", "source")
+        for row in rows:
+            table.add_row(row.name, row.title, row.source)
+        out.print(table)
+    return 0
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """What this machine can do."""
+    args = _parse(_DoctorArguments, arguments, "doctor")
+    from patchword.workflows.machine import examine
+
+    found = examine()
+    if args.json:
+        out.print_json(data=found)
+        return 0
+    table = Table(show_header=False)
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{name}: {state}" for name, state in value.items())
+        table.add_row(key, str(value))
+    out.print(table)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DoctorArguments:
+    """Devices, precision, threads, versions, free disk, and missing extras."""
+
+    json: bool = False
+    """print as JSON"""
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": demo,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "models": models,
+    "recipes": recipes,
+    "doctor": doctor,
+}
+
+
+def _parse(
+    cls: type[T], arguments: Sequence[str], command: str, default: Any = None, flatten: bool = False
+) -> T:
+    extra = {} if default is None else {"default": default}
+    config = (tyro.conf.OmitArgPrefixes,) if flatten else ()
+    return tyro.cli(cls, prog=f"patchword {command}", args=list(arguments), config=config, **extra)
+
+
+def _help() -> str:
+    lines = ["usage: patchword COMMAND ... [--help]", ""]
+    lines += [f"  {name:10}{(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()]
+    lines += ["", "every command takes --help, and --debug to show where an error comes from"]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, 1 failed, 2 usage, 130 or 143 after a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
+    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        import patchword
+
+        out.print(patchword.__version__, highlight=False)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}")
+        return COMMANDS[arguments[0]](arguments[1:])
+    except (PatchwordError, OSError) as error:
+        if debug:
+            raise
+        err.print(f"patchword: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 2 if isinstance(error, UsageError) else 1
+    except Interrupted as stop:
+        err.print(f"{stop}; run the same command to go on", highlight=False, soft_wrap=True)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if debug:
+            raise
+        kind = type(error).__name__
+        err.print(
+            f"patchword: unexpected {kind}: {error}; --debug shows where, please report it",
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

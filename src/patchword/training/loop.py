@@ -1,0 +1,415 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from patchword.data.seeding import derived_seed
+from patchword.models.vit import ViT
+from patchword.specs import Interrupted, PatchwordError, TrainSpec
+from patchword.training.averaging import Average
+from patchword.training.checkpoint import Checkpoints, write_text
+from patchword.training.log import Lines, LiveLine, duration
+from patchword.training.objectives import classification_loss
+from patchword.training.optim import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+)
+from patchword.training.parallel import Working
+from patchword.types import Batch, Evaluator
+from patchword.weights.native import load_tensors, save_tensors, write_model
+
+logger = logging.getLogger("patchword")
+
+
+class TrainingError(PatchwordError):
+    """The run stopped because it had to; the message says at which step and what is saved."""
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something done every `every` steps, and at the end, is done after `step` updates."""
+    return step == total or (step > 0 and step % every == 0)
+
+
+class Feed(Protocol):
+    """Where the batches come from: those of the positions from `start` to `stop`."""
+
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]: ...
+
+
+Prepare = Callable[[Batch, int], "tuple[Tensor, Tensor]"]
+"""A batch and its position to augmented, normalised images on the device, and targets."""
+
+
+@dataclass
+class Progress:
+    """Everything a checkpoint holds besides tensors."""
+
+    step: int = 0
+    """updates done"""
+    position: int = 0
+    """batches drawn; ahead of `step` by those that a rollback passed over"""
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    """of the steps since the last log line"""
+    best: float | None = None
+    """top-1 on val of the best weights; of equals, those of lower loss"""
+    best_loss: float = math.inf
+    best_step: int = 0
+    best_weights: str = "raw"
+    seconds: float = 0.0
+    """training time, evaluations and checkpoints not counted"""
+    rollbacks: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    """unreadable images: position in the source -> reason"""
+
+
+class Trainer:
+    """A model in training: weights, average, optimiser, progress; saved and restored together."""
+
+    def __init__(
+        self, model: ViT, spec: TrainSpec, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.model = model.to(device).train()
+        self.spec = spec
+        self.device = device
+        self.optimizer = build_optimizer(self.model, spec.optim)
+        self.average = Average(self.model, spec.optim.average) if spec.optim.average else None
+        self.working = Working(self.model, dtype, spec.compile)
+        self.progress = Progress()
+
+    def step(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[float, float]:
+        """One update. Returns loss and gradient norm; if either is not finite, nothing changed."""
+        optim = self.spec.optim
+        self.working.train()
+        loss = torch.zeros((), device=self.device)
+        chunks = zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True)
+        for micro, (images, wanted) in enumerate(chunks):
+            torch.manual_seed(derived_seed(self.spec.seed, "model", self.progress.position, micro))
+            part = classification_loss(self.working(images), wanted, optim) / optim.accumulate
+            part.backward()
+            self.working.collect()
+            loss += part.detach()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if optim.clip:
+            torch._foreach_mul_(gradients, (optim.clip / (norm + 1e-6)).clamp(max=1.0))
+        values = torch.stack([loss, norm]).tolist()
+        if all(map(math.isfinite, values)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.working.refresh()
+            if self.average:
+                self.average.update(self.model, self.progress.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return values[0], values[1]
+
+    def write(self, folder: Path) -> None:
+        """Put the whole state into a checkpoint folder. Raises `OSError`."""
+        step = self.progress.step
+        write_model(folder / "model.safetensors", self.model, step=step, weights="raw")
+        if self.average:
+            write_model(
+                folder / "average.safetensors", self.average.model, step=step, weights="average"
+            )
+        tensors = optimizer_state(self.model, self.optimizer)
+        save_tensors(folder / "optimizer.safetensors", tensors, {})
+        write_text(folder / "state.json", json.dumps(asdict(self.progress), indent=1))
+
+    def read(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take over the state that `write` left in a checkpoint folder."""
+        self.model.load_state_dict(load_tensors(folder / "model.safetensors")[0])
+        if self.average:
+            tensors, _ = load_tensors(folder / "average.safetensors")
+            self.average.model.load_state_dict(tensors)
+        tensors, _ = load_tensors(folder / "optimizer.safetensors")
+        load_optimizer_state(self.model, self.optimizer, tensors)
+        self.working.refresh()
+        self.progress = Progress(**state)
+
+
+@contextmanager
+def watch_signals() -> Iterator[list[int]]:
+    """A list that receives SIGTERM or SIGINT instead of the process dying of it."""
+    received: list[int] = []
+
+    def note(signum: int, _: FrameType | None) -> None:
+        if received:  # the second one does not wait
+            raise KeyboardInterrupt
+        received.append(signum)
+        logger.warning("%s: finishing this step, then saving", signal.Signals(signum).name)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A training run: a trainer, its data and evaluators, and the folder it writes to."""
+
+    trainer: Trainer
+    feed: Feed
+    prepare: Prepare
+    evaluators: dict[str, Evaluator]
+    """by split; the one named `val` chooses the best weights"""
+    checkpoints: Checkpoints
+    metrics: Lines
+    evaluations: Lines
+    live: LiveLine
+    steps_per_epoch: float
+    locate: Callable[[int], str]
+    """where the image at a position of the source is"""
+    extra_log: Callable[[dict[str, Any]], None] = lambda line: None
+
+    def fit(self) -> None:
+        """Train to the last step, from wherever the trainer is.
+
+        Raises `Interrupted` after SIGTERM or SIGINT, and `TrainingError` on a loss that is not
+        finite or a checkpoint that cannot be written, as the spec's policies say.
+        """
+        spec, trainer = self.trainer.spec, self.trainer
+        total, every = _given(spec.steps), _given(spec.checkpoint_every)
+        eval_every = _given(spec.eval_every)
+        with watch_signals() as signals, self.live:
+            saved = trainer.progress.step
+            if saved == 0 and spec.on_nan == "rollback":
+                self.save()
+            while trainer.progress.step < total:
+                progress = trainer.progress
+                stop = progress.position + total - progress.step
+                clock = Clock(progress)
+                with closing(self.feed(progress.position, stop)) as batches:
+                    for batch in clock.waiting(batches):
+                        rate = learning_rate(progress.step, total, spec.optim)
+                        self.note_bad(batch)
+                        loss, norm = trainer.step(*self.prepare(batch, progress.position), rate)
+                        if not (math.isfinite(loss) and math.isfinite(norm)):
+                            self.fail_or_roll_back(loss, norm)
+                            break
+                        progress.step += 1
+                        progress.position += 1
+                        progress.loss_sum += loss
+                        progress.loss_count += 1
+                        clock.count(len(batch.labels))
+                        self.show(clock, rate, norm, total)
+                        if due(progress.step, eval_every, total):
+                            with clock.paused():
+                                self.evaluate()
+                        if due(progress.step, every, total) or signals:
+                            with clock.paused():
+                                saved = self.save()
+                        if signals:
+                            if saved != progress.step:
+                                logger.warning("the last checkpoint is that of step %d", saved)
+                            name = signal.Signals(signals[0]).name
+                            raise Interrupted(
+                                f"stopped by {name} after step {progress.step}", signals[0]
+                            )
+
+    def note_bad(self, batch: Batch) -> None:
+        """Keep count of unreadable images, and name each once."""
+        for index, reason in batch.bad:
+            if str(index) not in self.trainer.progress.bad:
+                self.trainer.progress.bad[str(index)] = reason
+                logger.warning("skipped an unreadable image: %s: %s", self.locate(index), reason)
+
+    def show(self, clock: Clock, rate: float, norm: float, total: int) -> None:
+        """Move the live line; at log points, write a line of metrics."""
+        progress, spec = self.trainer.progress, self.trainer.spec
+        last = due(progress.step, _given(spec.log_every), total)
+        loss = progress.loss_sum / progress.loss_count
+        left = (total - progress.step) * clock.seconds_per_step()
+        epoch = progress.position / self.steps_per_epoch
+        self.live.show(
+            f"step {progress.step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  "
+            f"lr {rate:.2e}  {clock.images_per_second():.0f} images/s  "
+            f"data wait {clock.wait_share():.0%}  {duration(left)} left",
+            last=progress.step == total,
+        )
+        if last:
+            line = {
+                "step": progress.step,
+                "epoch": round(epoch, 4),
+                "images": progress.step * spec.batch_size,
+                "lr": rate,
+                "loss": loss,
+                "grad_norm": norm,
+                "images_per_s": round(clock.images_per_second(), 1),
+                "data_wait": round(clock.wait_share(), 4),
+                "time": round(progress.seconds, 2),
+            }
+            progress.loss_sum, progress.loss_count = 0.0, 0
+            clock.restart_window()
+            self.append(self.metrics, line)
+            self.extra_log(line)
+
+    def evaluate(self) -> None:
+        """Measure the raw and the averaged weights; keep the best on the val part."""
+        trainer, progress = self.trainer, self.trainer.progress
+        result: dict[str, Any] = {}
+        models = {"raw": trainer.model}
+        if trainer.average:
+            models["average"] = trainer.average.model
+        for weights, model in models.items():
+            model.eval()
+            for split, evaluator in self.evaluators.items():
+                started = time.monotonic()
+                result = evaluator(model)
+                seconds = round(time.monotonic() - started, 2)
+                line = {"step": progress.step, "split": split, "weights": weights} | result
+                self.append(self.evaluations, line | {"time": seconds})
+                self.extra_log(line)
+                if split == "val" and self.is_best(result):
+                    progress.best, progress.best_loss = result["top1"], result["loss"]
+                    progress.best_step, progress.best_weights = progress.step, weights
+                    self.guard(partial(self.save_best, model, weights))
+        if progress.best is not None:
+            logger.info(
+                "step %d: top-1 on val %.2f %%; best %.2f %% (step %d, %s weights)",
+                *(progress.step, 100 * result["top1"], 100 * progress.best),
+                *(progress.best_step, progress.best_weights),
+            )
+
+    def is_best(self, result: dict[str, Any]) -> bool:
+        """Whether a result on val beats the best so far."""
+        best = self.trainer.progress
+        if best.best is None:
+            return True
+        return (result["top1"], -result["loss"]) > (best.best, -best.best_loss)
+
+    def save_best(self, model: ViT, weights: str) -> None:
+        """Write a model as `best`."""
+        step = self.trainer.progress.step
+        self.checkpoints.save_best(
+            step, lambda f: write_model(f / "model.safetensors", model, step=step, weights=weights)
+        )
+
+    def save(self) -> int:
+        """Write a checkpoint; returns the step of the newest one."""
+        progress = self.trainer.progress
+        self.guard(lambda: self.checkpoints.save(progress.step, self.trainer.write))
+        newest = self.checkpoints.steps()[:1]
+        return int(newest[0].name.removeprefix("step-")) if newest else 0
+
+    def append(self, lines: Lines, line: dict[str, Any]) -> None:
+        """Write a line of a log."""
+        self.guard(lambda: lines.append(line))
+
+    def guard(self, write: Callable[[], Any]) -> None:
+        """Write to the disk; a failure is reported, and fatal if the spec says so."""
+        try:
+            write()
+        except OSError as error:
+            step = self.trainer.progress.step
+            message = f"cannot save at step {step}: {error.strerror or error}; {self.last_good()}"
+            if self.trainer.spec.on_save_error == "stop":
+                raise TrainingError(
+                    f"{message}; free some space and run the same command"
+                ) from error
+            logger.error("%s; going on", message)
+
+    def last_good(self) -> str:
+        """Names the newest checkpoint."""
+        newest = self.checkpoints.steps()[:1]
+        return f"last good checkpoint: {newest[0]}" if newest else "there is no checkpoint yet"
+
+    def fail_or_roll_back(self, loss: float, norm: float) -> None:
+        """The update was not applied: stop, or go back and pass over the batches up to here."""
+        progress, spec = self.trainer.progress, self.trainer.spec
+        message = (
+            f"loss {loss}, gradient norm {norm} at step {progress.step + 1}: update not applied; "
+            f"{self.last_good()}"
+        )
+        if spec.on_nan == "stop":
+            raise TrainingError(f"{message}; try a lower --lr, or --on-nan rollback")
+        if progress.rollbacks >= 10:
+            raise TrainingError(f"{message}; that was rollback {progress.rollbacks}, giving up")
+        newest = self.checkpoints.newest()
+        if newest is None:
+            raise TrainingError(f"{message}; nothing to roll back to")
+        logger.warning("%s; rolling back, passing over these batches", message)
+        failed, rollbacks = progress.position, progress.rollbacks + 1
+        self.trainer.read(*newest)
+        self.trainer.progress.position = failed + 1
+        self.trainer.progress.rollbacks = rollbacks
+        self.metrics = Lines(self.metrics.path, self.trainer.progress.step)
+        self.evaluations = Lines(self.evaluations.path, self.trainer.progress.step)
+
+
+class Clock:
+    """Times the steps of a run, evaluations and checkpoints left out."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._mark = time.monotonic()
+        self._pace = 0.0
+        self.restart_window()
+
+    def restart_window(self) -> None:
+        """Begin the means that the next log line reports."""
+        self._seconds = self._waited = 0.0
+        self._images = 0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, the time spent waiting for each noted."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, images: int) -> None:
+        """A step is done."""
+        now = time.monotonic()
+        taken, self._mark = now - self._mark, now
+        self._progress.seconds += taken
+        self._seconds += taken
+        self._images += images
+        self._pace = 0.9 * self._pace + 0.1 * taken if self._pace else taken
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count."""
+        yield
+        self._mark = time.monotonic()
+
+    def seconds_per_step(self) -> float:
+        """A moving mean over some ten steps."""
+        return self._pace
+
+    def images_per_second(self) -> float:
+        """Mean over the window."""
+        return self._images / self._seconds if self._seconds else 0.0
+
+    def wait_share(self) -> float:
+        """Share of the window spent waiting for data."""
+        return min(1.0, self._waited / self._seconds) if self._seconds else 0.0
+
+
+def _given(value: int | None) -> int:
+    if value is None:
+        raise ValueError("the spec is not resolved")
+    return value

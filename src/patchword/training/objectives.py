@@ -1,0 +1,27 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchword.specs import OptimSpec
+
+
+def classification_loss(logits: Tensor, targets: Tensor, optim: OptimSpec) -> Tensor:
+    """Mean loss of a batch, a scalar.
+
+    `logits` float `[B, K]`; `targets` int64 `[B]` class indices, or float `[B, K]` shares that sum
+    to 1. `softmax`: cross-entropy. `sigmoid`: binary cross-entropy summed over the classes, each
+    on its own (section 4.1's JFT models). Label smoothing mixes the targets with 1 / K.
+    """
+    if optim.loss == "softmax":
+        return F.cross_entropy(logits, targets, label_smoothing=optim.label_smoothing)
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+    if optim.label_smoothing:
+        targets = torch.lerp(
+            targets, torch.full_like(targets, 1 / logits.shape[1]), optim.label_smoothing
+        )
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)

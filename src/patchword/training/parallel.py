@@ -1,0 +1,98 @@
+"""Device, precision, compilation: applied to a model from outside."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from patchword.specs import Device, PatchwordError, Precision
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices natively (avx512_bf16 or amx_bf16)."""
+    try:
+        return bool(re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        return False
+
+
+def resolve_device(device: Device = "auto") -> torch.device:
+    """The named device, or the best there is. Raises `PatchwordError` if it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if device == "auto":
+        device = next((name for name in ("cuda", "mps") if there[name]), "cpu")
+    if not there[device]:
+        raise PatchwordError(f"this machine has no {device} device; use --device cpu")
+    return torch.device(device)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of the training step: as named, or bfloat16 where the device is faster with it."""
+    if precision == "auto":
+        fast = (device.type == "cpu" and cpu_has_bfloat16()) or (
+            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        precision = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def make_deterministic(on: bool) -> None:
+    """Allow only deterministic kernels (CUDA; the CPU's are deterministic at a fixed number of
+    threads)."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+
+
+class Working:
+    """The copy of a model that computes: in `dtype`, compiled if asked.
+
+    In float32 it is the model itself. In bfloat16 it is a copy whose weights follow the float32
+    master weights after each update, and whose gradients are added up in float32 on the master's:
+    half the memory traffic of autocast, which converts the weights at every use.
+    """
+
+    def __init__(self, master: nn.Module, dtype: torch.dtype, compiled: bool = False) -> None:
+        self.master = master
+        self.dtype = dtype
+        self.module = master
+        if dtype is not torch.float32:
+            self.module = copy.deepcopy(master).to(dtype)
+        self._run = torch.compile(self.module) if compiled else self.module
+        self._mine = list(self.module.parameters())
+        self._masters = list(master.parameters())
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Logits in float32 of normalised images of any float dtype."""
+        return self._run(inputs.to(self.dtype)).float()
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout and stochastic depth on or off."""
+        self.module.train(mode)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add this copy's gradients to the master's."""
+        if self.module is self.master:
+            return
+        for mine, master in zip(self._mine, self._masters, strict=True):
+            if mine.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = mine.grad.float()
+            else:
+                master.grad.add_(mine.grad)
+            mine.grad = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the master's weights."""
+        if self.module is not self.master:
+            torch._foreach_copy_(self._mine, self._masters)

@@ -1,0 +1,252 @@
+"""`patchword evaluate` and `patchword predict`."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from patchword.data.loader import eval_batches
+from patchword.data.sources import SUFFIXES, FileReader, Source, open_source
+from patchword.data.splits import load_division
+from patchword.data.transforms import EvalTransform, to_input
+from patchword.evaluation.classify import Classification, Classify, match_classes
+from patchword.models.vit import ViT
+from patchword.specs import Device, PatchwordError, Precision, UsageError, nearest
+from patchword.training.parallel import Working, resolve_device, resolve_precision
+from patchword.types import Batch
+from patchword.weights.native import load_model
+from patchword.workflows.runs import SPLITS
+from patchword.workflows.training_run import default_workers, eval_batch_size
+
+logger = logging.getLogger("patchword")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and on what."""
+
+    split: str
+    """train, val, test or all"""
+    why: str
+    """where that part comes from"""
+    classification: Classification
+
+
+def evaluate(
+    model: str | Path | ViT,
+    data: str,
+    *,
+    split: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    workers: int | None = None,
+    on_bad_image: Any = "skip",
+    console: Console | None = None,
+) -> Evaluation:
+    """Measure a model on a data source: accuracy, loss, calibration, per class.
+
+    `split` is train, val, test or all; by default test, else val, else the part that the run held
+    out, else all images. Labels match by class name. Raises `PatchwordError` if the model is
+    missing or damaged, or does not know the data's classes, or no image can be read.
+    """
+    run = None if isinstance(model, ViT) else run_of(Path(model))
+    net, forward, where = _load(model, image_size, device, precision)
+    source = open_source(data)
+    name, why, indices = choose_part(source, run, split)
+    if net.spec.in_channels != source.channels and source.channels not in (1, 3):
+        raise PatchwordError(f"the model takes {net.spec.in_channels} channels")
+    classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
+    mapped = match_classes(source.classes, net.classes) if net.classes else None
+    transform = EvalTransform(net.spec.image_size, net.spec.in_channels, net.preprocess)
+
+    def batches() -> Iterator[Batch]:
+        return eval_batches(
+            source,
+            indices,
+            transform,
+            batch_size=batch_size or eval_batch_size(net),
+            workers=_workers(workers, len(indices)),
+            on_bad=on_bad_image,
+        )
+
+    classify = Classify(
+        batches,
+        classes,
+        lambda images: to_input(images.to(where), net.preprocess),
+        label_map=mapped,
+        loss=net.spec.probability,
+        data_classes=source.classes,
+    )
+    console = console or Console(stderr=True)
+    with console.status("") as status:
+        result = classify.measure(
+            forward, lambda done: status.update(f"{done:,}/{len(indices):,} images of {name}")
+        )
+    for index, reason in result.bad:
+        logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
+    return Evaluation(name, why, result)
+
+
+def _load(
+    model: str | Path | ViT,
+    image_size: int | tuple[int, int] | None,
+    device: Device,
+    precision: Precision,
+) -> tuple[ViT, Working, torch.device]:
+    """The model, the same as a function in the wanted precision, and where it runs."""
+    where = resolve_device(device)
+    if isinstance(model, ViT):
+        net = model.to(where).eval()
+    else:
+        net = load_model(model, image_size=image_size, device=where)
+    if not net.spec.num_classes:
+        raise PatchwordError("the model has no head: it gives features, not classes")
+    return net, Working(net, resolve_precision(precision, where)), where
+
+
+def _workers(asked: int | None, images: int) -> int:
+    if asked is not None:
+        return asked
+    return default_workers() if images > 256 else 0
+
+
+def run_of(path: Path) -> Path | None:
+    """The run directory that a path to weights lies in, if any."""
+    absolute = path.absolute()
+    return next((p for p in (absolute, *absolute.parents[:3]) if (p / SPLITS).is_file()), None)
+
+
+def choose_part(source: Source, run: Path | None, split: str | None) -> tuple[str, str, np.ndarray]:
+    """(name, where it comes from, positions) of the part to measure on.
+
+    `split` None: test, else val, as the data divide themselves or the run divided them, else
+    everything. Raises `UsageError` if a named part does not exist.
+    """
+    parts = {name: (at, "given by the data") for name, at in source.parts.items() if len(at)}
+    if run is not None:
+        try:
+            division = load_division(run / SPLITS, source)
+        except PatchwordError as error:
+            logger.warning("the division of %s is not used: %s", run, error)
+        else:
+            for name, at in division.items():
+                if len(at):
+                    parts.setdefault(name, (at, f"held out by {run.name}"))
+            if "train" in parts and len(division["train"]):
+                parts["train"] = (division["train"], f"trained on by {run.name}")
+    everything = (np.arange(len(source), dtype=np.int64), "all images of the data")
+    if split is None:
+        split = next((name for name in ("test", "val") if name in parts), "all")
+    parts["all"] = everything
+    if split not in parts:
+        raise UsageError(f"the data have no {split!r} part{nearest(split, parts)}")
+    at, why = parts[split]
+    return split, why, at
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image."""
+
+    path: str
+    label: str
+    probability: float
+    top: list[tuple[str, float]]
+    """(label, probability), most probable first"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of `patchword predict --json`."""
+        top = [{"label": label, "probability": p} for label, p in self.top]
+        return vars(self) | {"top": top}
+
+
+def predict(
+    model: str | Path | ViT,
+    images: str | Path | Sequence[str | Path],
+    *,
+    top: int = 5,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    workers: int | None = None,
+    bad: dict[str, str] | None = None,
+) -> list[Prediction]:
+    """Classify image files, folders (searched through) and glob patterns, in order.
+
+    Files that cannot be read are left out; `bad`, if given, receives path -> reason. Raises
+    `PatchwordError` if nothing matches a path, or nothing can be read.
+    """
+    net, forward, where = _load(model, image_size, device, precision)
+    paths = find_images([images] if isinstance(images, str | Path) else images)
+    source = Source(
+        name="images",
+        classes=("",),
+        labels=np.zeros(len(paths), np.int64),
+        keys=paths,
+        sizes=np.zeros(len(paths), np.int64),
+        reader=FileReader("", paths),
+    )
+    classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
+    found: list[Prediction] = []
+    with torch.inference_mode():
+        for batch in eval_batches(
+            source,
+            np.arange(len(paths)),
+            EvalTransform(net.spec.image_size, net.spec.in_channels, net.preprocess),
+            batch_size=batch_size or eval_batch_size(net),
+            workers=_workers(workers, len(paths)),
+            on_bad="skip",
+        ):
+            for index, reason in batch.bad:
+                logger.warning("cannot read %s: %s", paths[index], reason)
+                if bad is not None:
+                    bad[paths[index]] = reason
+            logits = forward(to_input(batch.images.to(where), net.preprocess)).double().cpu()
+            found += _predictions(net, logits, batch, paths, classes, top)
+    return found
+
+
+def _predictions(
+    net: ViT, logits: Tensor, batch: Batch, paths: Sequence[str], classes: Sequence[str], top: int
+) -> Iterator[Prediction]:
+    softmax = net.spec.probability == "softmax"
+    values, order = (logits.softmax(1) if softmax else logits.sigmoid()).sort(
+        dim=1, descending=True, stable=True
+    )
+    for row in batch.mask.nonzero()[:, 0].tolist():
+        best = [
+            (classes[k], p)
+            for k, p in zip(order[row, :top].tolist(), values[row, :top].tolist(), strict=True)
+        ]
+        yield Prediction(paths[int(batch.indices[row])], *best[0], best)
+
+
+def find_images(patterns: Iterable[str | Path]) -> list[str]:
+    """The image files that paths, folders and glob patterns name, in that order, each once.
+    Raises `PatchwordError` for one that names nothing."""
+    found: dict[str, None] = {}
+    for pattern in map(str, patterns):
+        path = Path(pattern)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            names = [str(p) for p in files if p.is_file()]
+        elif path.exists():
+            names = [pattern]
+        else:
+            names = sorted(glob.glob(pattern, recursive=True))
+        if not names:
+            raise PatchwordError(f"no images at {pattern!r}; give files, folders or a pattern")
+        found |= dict.fromkeys(names)
+    return list(found)

@@ -1,0 +1,61 @@
+"""What a finished run shows: the report and the model card."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from PIL import Image
+
+from patchword.card import write_model_card
+from patchword.data.images import BadImage, decode
+from patchword.data.sources import Source
+from patchword.evaluation.classify import Classification
+from patchword.inspection.figures import embedding_figures
+from patchword.models.vit import ViT
+from patchword.report import Mistake, write_report
+
+MISTAKES, THUMBNAIL = 24, 128
+
+
+def report_run(run: Path, model: ViT, source: Source, result: Classification, split: str) -> None:
+    """Write `report.html` and `MODEL_CARD.md` into a run directory."""
+    config, again = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
+    write_report(
+        run,
+        result=result,
+        split=split,
+        mistakes=worst_mistakes(source, result),
+        figures=embedding_figures(model),
+        reproduce=f"patchword train --config {config} --out {again}",
+    )
+    write_model_card(run, result=result, split=split)
+
+
+def worst_mistakes(source: Source, result: Classification) -> list[Mistake]:
+    """The most confident mistakes, with thumbnails."""
+    names = list(result.per_class)
+    found: list[Mistake] = []
+    for at in result.mistakes(MISTAKES):
+        index = int(result.indices[at])
+        try:
+            image = decode(source.read(index), source.channels)
+        except BadImage:
+            continue
+        found.append(
+            Mistake(
+                key=source.keys[index],
+                label=names[int(result.labels[at])],
+                predicted=names[int(result.predicted[at])],
+                probability=float(result.confidence[at]),
+                thumbnail=_thumbnail(image),
+            )
+        )
+    return found
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    scale = THUMBNAIL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = max(image.size) <= THUMBNAIL // 2  # pixels of a tiny image stay visible
+    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)

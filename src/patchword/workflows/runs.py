@@ -1,0 +1,283 @@
+"""The run directory: what is resolved once when a run starts, stored, and compared on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+
+import patchword
+from patchword.data.sources import Source
+from patchword.data.splits import Division, divide, load_division, save_division
+from patchword.models.vit import ViT
+from patchword.models.zoo import create_model, model_cost, model_spec
+from patchword.specs import (
+    PatchwordError,
+    TrainSpec,
+    UsageError,
+    differences,
+    parse,
+    to_dict,
+)
+from patchword.training.checkpoint import replace_text
+from patchword.training.parallel import resolve_device, resolve_precision
+from patchword.training.recipes import Recipe, recipe_spec
+from patchword.weights.native import transfer
+
+logger = logging.getLogger("patchword")
+CONFIG, SUMMARY, SPLITS = "config.json", "summary.json", "splits.json"
+
+
+def default_run(source: Source, spec: TrainSpec) -> Path:
+    """`runs/<data>-<model>`, for weights to transfer `runs/<data>-from-<their run or file>`."""
+    name = spec.model or "model"
+    if spec.init is not None:
+        init = Path(spec.init)
+        name = f"from-{init.stem if init.is_file() else init.resolve().name}"
+    return Path("runs") / f"{source.name}-{name}".replace("/", "-")
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run directory for this process. Raises `PatchwordError` if another one holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PatchwordError(
+                f"another process is training in {run}; stop it, or choose another --out"
+            ) from None
+        yield
+
+
+def clear(run: Path) -> None:
+    """Empty a run directory. Raises `PatchwordError` if the folder holds anything else."""
+    if (run / CONFIG).exists() or not _strangers(run):
+        for entry in run.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != ".lock":
+                entry.unlink()
+        return
+    raise PatchwordError(f"{run} exists and is not a run directory; choose another --out")
+
+
+def _strangers(run: Path) -> list[str]:
+    ours = {"environment.json", "classes.json", SPLITS, "metrics.jsonl", "evaluations.jsonl"}
+    names = {entry.name for entry in run.iterdir()}
+    return sorted(name for name in names - ours if not name.startswith("."))
+
+
+def stored_spec(run: Path) -> TrainSpec | None:
+    """The resolved spec of a run that was started, None if there is none."""
+    path = run / CONFIG
+    if not path.exists():
+        if _strangers(run):
+            raise PatchwordError(f"{run} exists and is not a run directory; choose another --out")
+        return None
+    try:
+        return parse(TrainSpec, json.loads(path.read_text(encoding="utf-8")), "")
+    except ValueError as error:
+        raise PatchwordError(f"{path} cannot be read: {error}") from None
+
+
+def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
+    """The stored spec, with the settings that may change as asked.
+
+    What `asked` leaves open (None, "auto") is as stored. Raises `UsageError` naming the fields in
+    which the two differ otherwise.
+    """
+    filled = _fill(asked, stored)
+    changes = differences(filled, stored, free=False)
+    if changes:
+        raise UsageError(
+            f"{run} was started with other settings of {', '.join(changes)}; "
+            "give the same ones to resume, another --out, or --overwrite to start again"
+        )
+    return filled
+
+
+def _fill(asked: Any, stored: Any) -> Any:
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(asked):
+        mine, theirs = getattr(asked, f.name), getattr(stored, f.name)
+        if dataclasses.is_dataclass(mine):
+            mine = _fill(mine, theirs)
+        values[f.name] = theirs if mine is None or mine == "auto" else mine
+    return dataclasses.replace(asked, **values)
+
+
+def resolve(spec: TrainSpec, source: Source, division: Division) -> TrainSpec:
+    """Everything automatic but the length in time, made definite."""
+    device = resolve_device(spec.device)
+    dtype = resolve_precision(spec.precision, device)
+    model = spec.model
+    if spec.init is not None:
+        model = None
+    elif model is None:
+        raise UsageError("no model given; use --model ViT-S/16, or --init WEIGHTS")
+    steps = spec.steps
+    size = len(division["train"])
+    if spec.epochs is not None:
+        steps = max(1, round(spec.epochs * size / spec.batch_size))
+    elif spec.images is not None:
+        steps = max(1, round(spec.images / spec.batch_size))
+    elif spec.time is not None:
+        steps = None
+    elif steps is None:
+        raise UsageError("no length given; use --epochs, --steps, --images or --time")
+    resolved = dataclasses.replace(
+        spec,
+        model=model,
+        device=device.type,
+        precision=str(dtype).removeprefix("torch."),
+    )
+    return resolved if steps is None else with_steps(resolved, steps)
+
+
+def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
+    """The spec with its length in steps, and what depends on it."""
+    eval_every = spec.eval_every or math.ceil(steps / 10)
+    return dataclasses.replace(
+        spec,
+        steps=steps,
+        eval_every=eval_every,
+        checkpoint_every=spec.checkpoint_every or eval_every,
+        log_every=spec.log_every or max(1, min(50, steps // 100)),
+    )
+
+
+def build_model(spec: TrainSpec, source: Source) -> ViT:
+    """The model that a run starts from, a pure function of spec and data."""
+    torch.manual_seed(spec.seed)
+    options: dict[str, Any] = spec.options.given() | {"probability": spec.optim.loss}
+    count = len(source.classes)
+    if spec.init is None:
+        model = create_model(
+            spec.model or "",
+            count,
+            spec.size,
+            source.channels,
+            preprocess=spec.preprocess,
+            classes=source.classes,
+            **options,
+        )
+    else:
+        model = transfer(
+            spec.init,
+            num_classes=count,
+            image_size=spec.size,
+            in_channels=source.channels,
+            **options,
+        )
+        model.classes = source.classes
+    if spec.optim.loss == "sigmoid" and model.head is not None:
+        torch.nn.init.constant_(model.head.bias, -math.log(count))
+    return model
+
+
+def open_division(run: Path, source: Source, spec: TrainSpec) -> Division:
+    """The division of the run, if it has one, else the one its spec makes."""
+    if (run / SPLITS).exists():
+        return load_division(run / SPLITS, source)
+    data = spec.data
+    return divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)
+
+
+def store(run: Path, spec: TrainSpec, source: Source, division: Division) -> None:
+    """Write what a run is, `config.json` last: with it the run counts as started."""
+    save_division(run / SPLITS, source, division)
+    replace_text(run / "classes.json", json.dumps(list(source.classes), indent=0))
+    replace_text(run / "environment.json", json.dumps(environment(source), indent=1))
+    write_config(run, spec)
+
+
+def write_config(run: Path, spec: TrainSpec) -> None:
+    """Write `config.json`."""
+    replace_text(run / CONFIG, json.dumps(to_dict(spec), indent=1))
+
+
+def environment(source: Source) -> dict[str, Any]:
+    """Versions, threads, commit and data of this run; what the result may depend on."""
+    return {
+        "patchword": patchword.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "platform": platform.platform(),
+        "processor": processor(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "git_commit": git_commit(),
+        "data_fingerprint": source.fingerprint,
+    }
+
+
+def note_changes(run: Path, source: Source) -> None:
+    """Say what is not as it was when the run started."""
+    path = run / "environment.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    now = environment(source)
+    changes = [
+        f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
+    ]
+    if changes:
+        logger.warning(
+            "not as when the run started, so it may not resume bit for bit: %s", "; ".join(changes)
+        )
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that patchword runs from, None if it is not in one."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", os.fspath(folder), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def recipe_cost(recipe: Recipe) -> str:
+    """What a recipe costs on the data it is for: images seen and exaFLOPs (section 4.4)."""
+    spec = recipe_spec(recipe.name, "")
+    images = (spec.steps or 0) * spec.batch_size
+    if spec.epochs is not None:
+        if recipe.images is None:
+            return f"{spec.epochs:g} epochs of the data"
+        images = round(spec.epochs * recipe.images)
+    if spec.model is None:
+        return f"{images:,} images; exaFLOPs by the model that --init names"
+    model = model_spec(spec.model, image_size=spec.size, **spec.options.given())
+    exaflops = 6 * model_cost(model)[1] * images / 1e18
+    return f"{images:,} images, {exaflops:.3g} exaFLOPs"

@@ -1,0 +1,383 @@
+"""`patchword train`: from a spec to a run directory with weights, figures and a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from patchword.data.loader import (
+    ImageCache,
+    Plan,
+    cache_images,
+    eval_batches,
+    train_batches,
+    worth_caching,
+)
+from patchword.data.seeding import derived_seed
+from patchword.data.sources import Source, open_source
+from patchword.data.splits import Division
+from patchword.data.transforms import BatchAugment, EvalTransform, TrainTransform, to_input
+from patchword.evaluation.classify import Classification, Classify
+from patchword.models.vit import ViT, macs
+from patchword.specs import PatchwordError, TrainSpec, changed, seconds, with_length
+from patchword.training.checkpoint import Checkpoints, replace_text
+from patchword.training.log import Lines, LiveLine, duration, write_csv
+from patchword.training.loop import Run, Trainer
+from patchword.training.parallel import make_deterministic
+from patchword.training.recipes import base_spec
+from patchword.types import Batch
+from patchword.weights.native import load_model
+from patchword.workflows import runs
+from patchword.workflows.reporting import report_run
+
+logger = logging.getLogger("patchword")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    run: Path
+    split: str
+    """what `result` was measured on: test, else val"""
+    result: Classification | None
+    """of the best weights; None if the run had been finished before, or holds nothing out"""
+    summary: dict[str, Any]
+    """`summary.json`: figures, speed and cost"""
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """The data of a run: batches to train on, and parts to measure on."""
+
+    source: Source
+    division: Division
+    spec: TrainSpec
+    model: ViT
+    device: torch.device
+    cached: ImageCache | None = None
+
+    def __post_init__(self) -> None:
+        spec, model = self.spec, self.model
+        size, channels = model.spec.image_size, self.source.channels
+        self.plan = Plan(self.division["train"], spec.batch_size, spec.seed)
+        self.transform = TrainTransform(size, channels, model.preprocess, spec.augment)
+        self.eval_transform = EvalTransform(size, channels, model.preprocess)
+        self.augment = BatchAugment(spec.augment, len(self.source.classes))
+        self.workers = default_workers() if spec.workers is None else spec.workers
+
+    def fill_cache(self, console: Console) -> None:
+        """Decode the images once, if the per-image transform allows it and they fit in memory."""
+        indices = np.concatenate([self.division["train"], self.division["val"]])
+        wanted, fits = self.spec.data.cache, worth_caching(self.source, indices, self.transform)
+        if wanted == "on" and self.transform.random:
+            raise PatchwordError("--cache on needs a transform without random crops; --crop resize")
+        if wanted == "off" or not (fits or wanted == "on"):
+            return
+        with console.status("") as status:
+            self.cached = cache_images(
+                self.source,
+                indices,
+                self.transform,
+                workers=self.workers if len(indices) > 2000 else 0,
+                on_bad=self.spec.data.on_bad_image,
+                progress=lambda done, total: status.update(f"decoding {done:,}/{total:,} images"),
+            )
+
+    def feed(self, start: int, stop: int) -> Iterator[Batch]:
+        """The training batches of positions `start` to `stop`."""
+        return train_batches(
+            self.source,
+            self.plan,
+            self.transform,
+            start=start,
+            stop=stop,
+            workers=self.workers,
+            seed=self.spec.seed,
+            on_bad=self.spec.data.on_bad_image,
+            cached=self.cached,
+        )
+
+    def prepare(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
+        """Normalised, augmented images and their targets, on the device."""
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        generator = torch.Generator().manual_seed(derived_seed(self.spec.seed, "batch", position))
+        return self.augment(to_input(images, self.model.preprocess), labels, generator)
+
+    def evaluator(self, part: str, limit: int | None = None) -> Classify:
+        """Measures a model on a part of the data, or on its first `limit` images."""
+        indices = self.division[part][:limit]
+        cached = self.cached if part == "val" else None
+
+        def batches() -> Iterator[Batch]:
+            return eval_batches(
+                self.source,
+                indices,
+                self.eval_transform,
+                batch_size=eval_batch_size(self.model),
+                workers=self.workers if len(indices) > 256 else 0,
+                on_bad=self.spec.data.on_bad_image,
+                cached=cached,
+            )
+
+        return Classify(
+            batches,
+            self.source.classes,
+            lambda images: to_input(images.to(self.device), self.model.preprocess),
+            loss=self.spec.optim.loss,
+        )
+
+
+def default_workers() -> int:
+    """Loader processes where the user names no number."""
+    return min(8, os.cpu_count() or 1)
+
+
+def eval_batch_size(model: ViT) -> int:
+    """Images per batch where nothing depends on it but speed and memory."""
+    return max(16, min(512, 2**22 // math.prod(model.spec.image_size)))
+
+
+def train(
+    data: str | TrainSpec,
+    recipe: str | None = None,
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **settings: Any,
+) -> TrainResult:
+    """Train or fine-tune a model; the same call on the same run directory resumes.
+
+    `data` names a source (a folder, a .csv, parquet, `digits`, `hub:NAME`), or is a whole spec.
+    `settings` are fields of `TrainSpec` and its groups by name: `epochs=10, lr=1e-3,
+    init="runs/x"`. `out` is the run directory, by default `runs/<data>-<model>`. Raises
+    `UsageError` on unknown settings and if a run in `out` has others, `PatchwordError` on data that
+    cannot be used, `TrainingError` if the run had to stop, `Interrupted` after a signal.
+    """
+    if isinstance(data, str):
+        base = base_spec(data, recipe, settings.get("init"))
+        spec = with_length(changed(base, **settings), base)
+    else:
+        spec = changed(data, **settings)
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    source = open_source(spec.source)
+    run = Path(out) if out is not None else runs.default_run(source, spec)
+    with runs.locked(run):
+        if overwrite:
+            runs.clear(run)
+        stored = runs.stored_spec(run)
+        division = runs.open_division(run, source, spec)
+        if stored is None:
+            spec = runs.resolve(spec, source, division)
+        else:
+            spec = runs.resume_spec(spec, stored, run)
+            summary = _read_summary(run)
+            if summary.get("finished"):
+                console.print(f"{run} is finished; --overwrite trains it again", highlight=False)
+                return TrainResult(run, summary.get("split", ""), None, summary)
+            runs.note_changes(run, source)
+        return _train(spec, source, division, run, console, started, fresh=stored is None)
+
+
+def _train(
+    spec: TrainSpec,
+    source: Source,
+    division: Division,
+    run: Path,
+    console: Console,
+    started: float,
+    *,
+    fresh: bool,
+) -> TrainResult:
+    make_deterministic(spec.deterministic)
+    device = torch.device(spec.device)
+    model = runs.build_model(spec, source)
+    inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
+    _say_data(console, source, division, inputs)
+    inputs.fill_cache(console)
+    if spec.steps is None:
+        steps = measure_steps(spec, inputs, started, console)
+        spec = runs.with_steps(spec, steps)
+        inputs.spec = spec
+        model = inputs.model = runs.build_model(spec, source)
+    if fresh:
+        runs.store(run, spec, source, division)
+    _say_cost(console, spec, model, len(division["train"]))
+    trainer = Trainer(model, spec, device, _dtype(spec))
+    checkpoints = Checkpoints(run, spec.keep)
+    newest = checkpoints.newest()
+    if newest is not None:
+        trainer.read(*newest)
+        console.print(f"resuming from {newest[0]}", highlight=False)
+    step = trainer.progress.step
+    Run(
+        trainer=trainer,
+        feed=inputs.feed,
+        prepare=inputs.prepare,
+        evaluators={"val": inputs.evaluator("val")} if len(division["val"]) else {},
+        checkpoints=checkpoints,
+        metrics=Lines(run / "metrics.jsonl", step),
+        evaluations=Lines(run / "evaluations.jsonl", step),
+        live=LiveLine(console),
+        steps_per_epoch=len(division["train"]) / spec.batch_size,
+        locate=source.location,
+        extra_log=_tensorboard(run, spec),
+    ).fit()
+    return _finish(run, trainer, inputs, console)
+
+
+def _dtype(spec: TrainSpec) -> torch.dtype:
+    return torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
+
+
+def _say_data(console: Console, source: Source, division: Division, inputs: Inputs) -> None:
+    parts = ", ".join(f"{len(at):,} {part}" for part, at in division.items() if len(at))
+    console.print(
+        f"data {source.name}: {len(source.classes)} classes, {parts} images", highlight=False
+    )
+
+
+def _say_cost(console: Console, spec: TrainSpec, model: ViT, train_images: int) -> None:
+    steps = spec.steps or 0
+    images, cost = steps * spec.batch_size, macs(model.spec)
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"model {spec.model or spec.init}: {parameters / 1e6:.2f} M parameters, "
+        f"{cost / 1e9:.3g} GMACs an image; {spec.device}, {spec.precision}\n"
+        f"{steps:,} steps of {spec.batch_size} = {images:,} images = "
+        f"{images / train_images:.1f} epochs, {exaflops(model, images):.3g} exaFLOPs",
+        highlight=False,
+    )
+
+
+def exaflops(model: ViT, images: int) -> float:
+    """6 x MACs x images / 1e18: forward and backward, two operations a MAC (section 4.4)."""
+    return 6 * macs(model.spec) * images / 1e18
+
+
+def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Console) -> int:
+    """How many steps fit into `spec.time`, counted from `started` (monotonic seconds).
+
+    Trains a throw-away copy for a few seconds, times the evaluations, and keeps 5 % in hand.
+    """
+    budget = seconds(spec.time or "")
+    with console.status(f"measuring how many steps fit into {spec.time}"):
+        trial = runs.with_steps(spec, 1000)
+        trainer = Trainer(inputs.model, trial, inputs.device, _dtype(spec))
+        pace = _pace(trainer, inputs, min(30.0, 0.03 * budget))
+        evaluations = 0.0
+        for part, times in (("val", 10 * (2 if spec.optim.average else 1)), ("test", 1)):
+            size = len(inputs.division[part])
+            sample = min(size, 4 * eval_batch_size(inputs.model))
+            if sample:
+                began = time.monotonic()
+                inputs.evaluator(part, sample)(inputs.model.eval())
+                evaluations += times * (time.monotonic() - began) * size / sample
+    left = 0.95 * (budget - (time.monotonic() - started)) - evaluations
+    steps = max(1, int(left / pace))
+    console.print(
+        f"{spec.time}: {steps:,} steps of {pace:.3f} s, {evaluations:.0f} s of evaluation",
+        highlight=False,
+    )
+    return steps
+
+
+def _pace(trainer: Trainer, inputs: Inputs, limit: float) -> float:
+    """Median seconds per step over at least ten steps and `limit` seconds, after a warm-up."""
+    taken: list[float] = []
+    with closing(inputs.feed(0, 10_000)) as batches:
+        began = mark = time.monotonic()
+        for position, batch in enumerate(batches):
+            trainer.step(*inputs.prepare(batch, position), trainer.spec.optim.lr * 1e-3)
+            taken.append(time.monotonic() - mark)
+            mark = time.monotonic()
+            if len(taken) >= 13 and mark - began >= limit:
+                break
+    return float(np.mean(taken[3:]))
+
+
+def _tensorboard(run: Path, spec: TrainSpec) -> Callable[[dict[str, Any]], None]:
+    if not spec.tensorboard:
+        return lambda line: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise PatchwordError(
+            "--tensorboard needs the extra: pip install -c constraints.txt 'patchword[tensorboard]'"
+        ) from None
+    writer = SummaryWriter(run / "tensorboard")
+
+    def log(line: dict[str, Any]) -> None:
+        prefix = f"{line['split']}/{line['weights']}/" if "split" in line else "train/"
+        for name, value in line.items():
+            if isinstance(value, int | float) and name != "step":
+                writer.add_scalar(prefix + name, value, line["step"])
+        writer.flush()
+
+    return log
+
+
+def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> TrainResult:
+    """Measure the best weights, write the report, and with `summary.json` end the run."""
+    write_csv(run / "metrics.jsonl")
+    progress, spec = trainer.progress, trainer.spec
+    summary: dict[str, Any] = {
+        "steps": progress.step,
+        "images": progress.step * spec.batch_size,
+        "seconds": round(progress.seconds, 2),
+        "images_per_second": round(progress.step * spec.batch_size / progress.seconds, 2),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "gmacs": macs(trainer.model.spec) / 1e9,
+        "exaflops": exaflops(trainer.model, progress.step * spec.batch_size),
+        "best_step": progress.best_step or progress.step,
+        "best_weights": progress.best_weights,
+        "best_val_top1": progress.best,
+        "bad_images": len(progress.bad),
+        "rollbacks": progress.rollbacks,
+    }
+    part = next((name for name in ("test", "val") if len(inputs.division[name])), None)
+    result = None
+    if part is not None:
+        model = load_model(run, device=inputs.device)
+        with console.status(f"evaluating on {part}"):
+            began = time.monotonic()
+            result = inputs.evaluator(part).measure(model)
+        taken = time.monotonic() - began
+        summary |= {"split": part, **result.scalars()}
+        summary["evaluate_images_per_second"] = round(result.n / taken, 2)
+        _write_summary(run, summary)
+        report_run(run, model, inputs.source, result, part)
+    _write_summary(run, summary | {"finished": True})
+    if result is not None:
+        console.print(
+            f"{part}: top-1 {100 * result.top1:.2f} % of {result.n:,} images "
+            f"({summary['best_weights']} weights of step {summary['best_step']:,}); "
+            f"trained for {duration(progress.seconds)}",
+            highlight=False,
+        )
+    return TrainResult(run, part or "", result, summary)
+
+
+def _write_summary(run: Path, summary: dict[str, Any]) -> None:
+    replace_text(run / runs.SUMMARY, json.dumps(summary, indent=1))
+
+
+def _read_summary(run: Path) -> dict[str, Any]:
+    path = run / runs.SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
