@@ -253,18 +253,20 @@ def _confusion(result: Classification) -> str:
         if number:
             share = number / int(matrix[true].sum())
             rows += (
-                f'<tr><th scope="row">{escape(names[true])}</th><td>{escape(names[given])}</td>'
+                f'<tr><th scope="row">{escape(names[true])}</th>'
+                f'<td class="name">{escape(names[given])}</td>'
                 f'<td class="number">{number:,}</td>'
-                f'<td class="number">{facts.percent(share, 1)}</td></tr>'
+                f'<td class="number extra">{facts.percent(share, 1)}</td></tr>'
             )
     hint = f"Confusion matrix of {len(names)} classes: rows true, columns predicted."
     picture = _picture(draw_confusion(matrix, names), hint)
     if not rows:
         return f"{picture}\n<p class=muted>No image was confused with another class.</p>"
     return (
-        f'<div class="beside">{picture}<div><h3>Most frequent confusions</h3>'
+        f'<div class="{"beside" if len(names) <= 12 else "below"}">{picture}'
+        "<div><h3>Most frequent confusions</h3>"
         '<table><thead><tr><th scope="col">True</th><th scope="col">Predicted</th>'
-        '<th scope="col" class="number">Images</th><th scope="col" class="number">Of class</th>'
+        '<th scope="col" class="number">Images</th><th scope="col" class="number extra">Of class</th>'
         f"</tr></thead><tbody>{rows}</tbody></table></div></div>"
     )
 

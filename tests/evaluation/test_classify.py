@@ -18,6 +18,8 @@ from patchword.evaluation.classify import Classify, match_classes, unique_names
 from patchword.specs import PatchwordError
 from patchword.types import Batch
 
+UNDEFINED: Any = np.nan
+
 
 def as_batches(
     labels: np.ndarray, sizes: Sequence[int], *, pad: int = 0, bad: Iterable[int] = ()
@@ -84,7 +86,7 @@ def brute_force_ece(probability: np.ndarray, labels: np.ndarray, bins: int = 15)
         if inside:
             gap = np.mean([hit[j] for j in inside]) - np.mean([confidence[j] for j in inside])
             total += abs(gap) * len(inside) / len(labels)
-    return total
+    return float(total)
 
 
 @pytest.mark.parametrize("classes", [2, 7, 40])
@@ -108,12 +110,14 @@ def test_figures_equal_scikit_learn(classes: int) -> None:
     np.testing.assert_array_equal(
         result.confusion(), metrics.confusion_matrix(labels, predicted, labels=every)
     )
-    precision, recall, _, support = metrics.precision_recall_fscore_support(
-        labels, predicted, labels=every, zero_division=np.nan
+    report: Any = metrics.classification_report(
+        labels, predicted, labels=every, output_dict=True, zero_division=UNDEFINED
     )
     for i, row in enumerate(result.per_class.values()):
-        assert row["n"] == support[i]
-        for measured, expected in ((row["recall"], recall[i]), (row["precision"], precision[i])):
+        expected_row = report[str(i)]
+        assert row["n"] == expected_row["support"]
+        for key in ("recall", "precision"):
+            measured, expected = row[key], expected_row[key]
             assert (measured is None) == np.isnan(expected)
             assert measured is None or measured == pytest.approx(expected, abs=1e-12)
     np.testing.assert_allclose(result.confidence, probability.max(1), atol=1e-6)

@@ -20,7 +20,7 @@ def test_filters_equal_scikit_learn_pca() -> None:
     components, explained = embedding_filters(weight, (4, 3), 2, count=10)
     pca = PCA(10, svd_solver="full").fit(weight)
     assert components.shape == (10, 4, 3, 2)
-    cosine = np.abs((components.reshape(10, -1) * pca.components_).sum(1))
+    cosine = np.abs((components.reshape(10, -1) * np.asarray(pca.components_)).sum(1))
     np.testing.assert_allclose(cosine, 1, atol=1e-9)
     np.testing.assert_allclose(explained, pca.explained_variance_ratio_, atol=1e-9)
 

@@ -15,7 +15,7 @@ from patchword.inspection import figures
 from patchword.inspection.embedding import position_similarity
 from patchword.inspection.figures import Series
 from patchword.models.vit import ViT
-from patchword.specs import ViTSpec
+from patchword.specs import Pool, Position, ViTSpec
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -29,7 +29,7 @@ def share_of(image: np.ndarray, colour: str, tolerance: int = 12) -> float:
 
 
 @pytest.mark.parametrize(("pool", "position"), [("token", "learned"), ("gap", "sincos2d")])
-def test_embedding_figures_of_a_model(pool: str, position: str) -> None:
+def test_embedding_figures_of_a_model(pool: Pool, position: Position) -> None:
     spec = ViTSpec(
         depth=1,
         width=16,

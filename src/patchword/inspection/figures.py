@@ -121,7 +121,7 @@ def draw_curves(
 ) -> bytes:
     """Curves over the training steps. `percent`: fractions, shown in percent. `mark`: an x to be
     marked by a vertical line, and its name. Values that are not finite leave a gap."""
-    figure = _figure(5.2, 3.1)
+    figure = _figure(4.6, 2.9)
     axes = figure.add_subplot()
     for item in series:
         x, y = np.asarray(item.x, dtype=np.float64), np.asarray(item.y, dtype=np.float64)
