@@ -33,9 +33,11 @@ def test_every_operation_does_something_at_full_strength(photo, name):
 
 @pytest.mark.parametrize(
     ("name", "strength"),
-    [("rotate", 0), ("shear_x", 0), ("shear_y", 0), ("translate_x", 0), ("translate_y", 0)]
-    + [("cutout", 0), ("solarize", 1), ("solarize_add", 0), ("posterize", 2), ("color", 0.5)]
-    + [("contrast", 0.5), ("brightness", 0.5), ("sharpness", 0.5)],
+    [
+        *[(name, 0) for name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")],
+        *[("cutout", 0), ("solarize", 1), ("solarize_add", 0), ("posterize", 2)],
+        *[(name, 0.5) for name in ("color", "contrast", "brightness", "sharpness")],
+    ],
 )
 def test_strengths_that_change_nothing(photo, name, strength):
     image = photo(20, 24)

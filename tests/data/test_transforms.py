@@ -1,5 +1,6 @@
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from patchword.data.images import decode
 from patchword.data.transforms import (
     BatchAugment,
     EvalTransform,
@@ -15,28 +17,27 @@ from patchword.data.transforms import (
     inception_box,
     to_input,
 )
-from patchword.specs import AugmentSpec, PatchwordError, PreprocessSpec
-
-OFF = {"flip": False}
+from patchword.specs import AugmentSpec, PatchwordError, PreprocessSpec, parse
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def augment(seed=0, classes=5, **options):
+def augment(seed: int = 0, classes: int = 5, **options: Any):
     """The augmentation `options` alone, with its generator."""
-    return lambda x, y: BatchAugment(AugmentSpec(**OFF | options), classes)(x, y, generator(seed))
+    spec = parse(AugmentSpec, {"flip": False} | options)
+    return lambda x, y: BatchAugment(spec, classes)(x, y, generator(seed))
 
 
 # Per image ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("shape", [(96, 96), (150, 100), (100, 230), (40, 30)])
+@pytest.mark.parametrize("shape", [(96, 96), (160, 100), (100, 230), (40, 20)])
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (64, 32)])
 def test_evaluation_equals_resize_then_crop(photo, encode, interpolation, shape, size):
-    """Against Pillow in two steps, to a size that needs no rounding: within one grey level."""
+    """Against Pillow in two steps, at sizes that need no rounding: to rounding."""
     preprocess = PreprocessSpec(interpolation=interpolation, crop_fraction=0.8)
     scale = max(size[0] / shape[0], size[1] / shape[1]) / 0.8
     image = photo(*shape)
@@ -46,15 +47,11 @@ def test_evaluation_equals_resize_then_crop(photo, encode, interpolation, shape,
     result = EvalTransform(size, 3, preprocess)(encode(image))
     assert result.shape == (3, *size)
     assert result.dtype == np.uint8
-    if left % 1 or upper % 1 or any(abs(n * scale - round(n * scale)) > 1e-9 for n in shape):
-        # Half pixels: the reference moves by half a pixel at most, so means agree loosely.
-        expected = np.asarray(
-            resized.crop((int(left), int(upper), int(left) + size[1], int(upper) + size[0]))
-        )
-        assert np.abs(result.transpose(1, 2, 0).astype(int) - expected).mean() < 6
-    else:
-        expected = np.asarray(resized.crop((left, upper, left + size[1], upper + size[0])))
-        np.testing.assert_allclose(result.transpose(1, 2, 0).astype(int), expected, atol=2)
+    box = (left, upper, left + size[1], upper + size[0])
+    assert all(edge == int(edge) for edge in box)
+    difference = np.abs(result.transpose(1, 2, 0).astype(int) - np.asarray(resized.crop(box)))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.25
 
 
 def test_stretch_is_a_plain_resize(photo, encode):
@@ -73,7 +70,7 @@ def test_the_right_size_passes_unchanged(encode, photo):
 @pytest.mark.parametrize("shape", [(900, 1300), (1301, 1007)])
 def test_large_jpegs_reduced_in_the_decoder_stay_close(photo, encode, shape):
     data = encode(photo(*shape), "JPEG", quality=95)
-    full = encode(Image.open(__import__("io").BytesIO(data)), "PNG")
+    full = encode(decode(data, 3), "PNG")
     transform = EvalTransform((64, 64), 3, PreprocessSpec())
     difference = transform(data).astype(int) - transform(full)
     assert np.abs(difference).mean() < 1
@@ -155,7 +152,14 @@ def test_normalisation_of_a_wrong_number_of_channels():
 
 # Batches -----------------------------------------------------------------------------------------
 
-ALL = {"flip": True, "pad": 2, "rotate": 10.0, "scale": 0.1, "mixup": 0.5, "cutmix": 1.0}
+ALL: dict[str, Any] = {
+    "flip": True,
+    "pad": 2,
+    "rotate": 10.0,
+    "scale": 0.1,
+    "mixup": 0.5,
+    "cutmix": 1.0,
+}
 
 
 @pytest.fixture
@@ -219,7 +223,7 @@ def test_affine_of_nothing_is_the_identity(batch):
 
 def test_affine_keeps_a_flat_image_and_the_centre():
     flat = torch.full((8, 1, 9, 9), -1.0)
-    spec = {"rotate": 30.0, "scale": 0.3, "translate": 0.3, "shear": 10.0}
+    spec: dict[str, Any] = {"rotate": 30.0, "scale": 0.3, "translate": 0.3, "shear": 10.0}
     out, _ = augment(**spec)(flat, torch.zeros(8, dtype=torch.int64))
     torch.testing.assert_close(out, flat)  # the border goes on, no zeros come in
     centred = torch.randn(8, 1, 9, 9)

@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,8 +93,10 @@ def train_batches(
     seed: int,
     on_bad: OnBad,
     cached: ImageCache | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches of steps `start` to `stop` (exclusive), the same with any number of workers.
+
+    Closing or forgetting the generator ends the workers.
 
     A bad image is replaced by the next good one of `plan.indices` and reported in `Batch.bad`, or,
     with `on_bad="fail"`, raises `PatchwordError`; so does a plan without a good image.
@@ -113,7 +115,7 @@ def eval_batches(
     workers: int,
     on_bad: OnBad,
     cached: ImageCache | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """`indices` in order; the last batch may be smaller.
 
     A bad image keeps its row: zeros, mask False, reported in `Batch.bad`; with `on_bad="fail"` it
@@ -328,19 +330,22 @@ def _serve(batches: Dataset[Batch], numbers: Sequence[int], workers: int) -> Ite
         for number in numbers:
             yield batches[number]
         return
-    loader = DataLoader(
-        _Reporting(batches),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=min(workers, len(numbers)),
-        collate_fn=_same,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # leaves torch's own random state alone
-        multiprocessing_context="fork" if sys.platform == "linux" else None,
-    )
-    with warnings.catch_warnings():  # Python 3.12 warns of fork in a process with threads
+    with warnings.catch_warnings():
+        # Python 3.12 warns of fork in a process with threads, torch of more workers than cores.
         warnings.simplefilter("ignore", DeprecationWarning)
-        iterator = iter(loader)
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        iterator = iter(
+            DataLoader(
+                _Reporting(batches),
+                batch_size=None,
+                sampler=numbers,
+                num_workers=min(workers, len(numbers)),
+                collate_fn=_same,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # leaves torch's own random state alone
+                multiprocessing_context="fork" if sys.platform == "linux" else None,
+            )
+        )
     try:
         for item in iterator:
             if isinstance(item, _Failure):
