@@ -263,10 +263,11 @@ def _confusion(result: Classification) -> str:
     if not rows:
         return f"{picture}\n<p class=muted>No image was confused with another class.</p>"
     return (
-        f'<div class="{"beside" if len(names) <= 12 else "below"}">{picture}'
+        f"<div{' class=beside' if len(names) <= 12 else ''}>{picture}"
         "<div><h3>Most frequent confusions</h3>"
         '<table><thead><tr><th scope="col">True</th><th scope="col">Predicted</th>'
-        '<th scope="col" class="number">Images</th><th scope="col" class="number extra">Of class</th>'
+        '<th scope="col" class="number">Images</th>'
+        '<th scope="col" class="number extra">Of class</th>'
         f"</tr></thead><tbody>{rows}</tbody></table></div></div>"
     )
 
