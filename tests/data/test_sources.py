@@ -1,11 +1,12 @@
 import json
+import os
 import pickle
 import sys
 
 import numpy as np
 import pytest
 
-from patchword.data import parquet
+from patchword.data import parquet, sources
 from patchword.data.images import BadImage, decode
 from patchword.data.sources import open_source
 from patchword.specs import PatchwordError
@@ -116,6 +117,20 @@ def test_manifest_without_splits_and_with_a_missing_file(folder):
     assert source.sizes[1] == -1
     with pytest.raises(BadImage, match="No such file"):
         source.read(1)
+
+
+def test_files_that_are_no_files_are_bad(folder, tmp_path, monkeypatch):
+    root = folder({"a": 2})
+    os.mkfifo(root / "pipe.png")
+    text = "path,label\na/000.png,x\npipe.png,y\na,z\na/\0.png,z\na/001.png,x\n"
+    source = open_source(manifest(root, text))
+    assert decode(source.read(0), 3).size == (16, 12)
+    for index, reason in ((1, "regular"), (2, "regular"), (3, "null")):
+        with pytest.raises(BadImage, match=reason):
+            source.read(index)
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
+    with pytest.raises(BadImage, match="file of more than"):
+        source.read(4)
 
 
 @pytest.mark.parametrize(

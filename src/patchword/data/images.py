@@ -133,7 +133,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`image` in `mode`, as a copy that no longer refers to its file."""
+    """`image` in `mode`, transparency laid over white unless `mode` keeps it."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     transparent = image.has_transparency_data and image.mode != "RGBX"
@@ -143,7 +143,7 @@ def _as_mode(image: Image.Image, mode: str) -> Image.Image:
         image.alpha_composite(layered)
     if image.mode not in ("L", "RGB", "RGBA"):
         image = image.convert("RGBA" if transparent and mode == "RGBA" else "RGB")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -191,7 +191,7 @@ class _Fetch:
 
     def __post_init__(self) -> None:
         if self.cached:
-            self.bad = self.cached.bad
+            self.bad = dict(self.cached.bad)
 
     def __call__(self, index: int, rng: random.Random | None) -> np.ndarray | None:
         """uint8 `[C, H, W]`, or None for a bad image, by then in `bad`."""

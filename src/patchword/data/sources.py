@@ -151,14 +151,19 @@ class FileReader:
     """relative to `root`, or absolute"""
 
     def read(self, index: int) -> bytes:
+        path = self.location(index)
         try:
-            with open(self.location(index), "rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+            status = os.stat(path)  # before opening: a pipe would block
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage("not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise BadImage(f"file of more than {MAX_FILE_BYTES >> 20} MiB")
+            with open(path, "rb") as file:
+                return file.read()
         except OSError as error:
             raise BadImage(error.strerror or "cannot be read") from None
-        if len(data) > MAX_FILE_BYTES:
-            raise BadImage(f"file of more than {MAX_FILE_BYTES >> 20} MiB")
-        return data
+        except ValueError as error:
+            raise BadImage(str(error)) from None
 
     def location(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
