@@ -112,6 +112,18 @@ class ViTSpec:
         for name in ("dropout", "drop_path"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+        _require(
+            self.position != "sincos2d" or (self.width >= 8 and self.width % 4 == 0),
+            f"position sincos2d needs a width of 8 or more that 4 divides, not {self.width}",
+        )
+        _require(
+            self.norm_eps > 0 and math.isfinite(self.norm_eps),
+            f"norm_eps is {self.norm_eps}; it must be positive",
+        )
+        _require(
+            self.layer_scale is None or math.isfinite(self.layer_scale),
+            f"layer_scale is {self.layer_scale}; it must be finite",
+        )
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -27,6 +27,7 @@ def resample_position_embedding(
         return table
     prefix, grid = table.split([entries - patches, patches], dim=-2)
     planes = grid.reshape(-1, *old_grid, width).permute(0, 3, 1, 2).float()
+    planes = planes.contiguous()  # channels last, torch goes wrong where the new width is 1
     planes = F.interpolate(planes, size=new_grid, mode="bicubic", antialias=True)
     resampled = planes.permute(0, 2, 3, 1).reshape(*grid.shape[:-2], math.prod(new_grid), width)
     return torch.cat([prefix, resampled.to(table.dtype)], dim=-2)

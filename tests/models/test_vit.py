@@ -1,0 +1,472 @@
+"""The Vision Transformer against Eq. 1-8 written in numpy, and what its options do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from patchword.models import vit
+from patchword.models.layers import SelfAttention
+from patchword.models.vit import ViT, macs
+from patchword.models.zoo import create_model, model_spec
+from patchword.specs import PatchwordError, ViTSpec
+
+Array = NDArray[np.float64]
+Weights = dict[str, Array]
+
+
+# The paper in numpy ------------------------------------------------------------------------------
+
+
+def dense(x: Array, w: Weights, name: str) -> Array:
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def layer_norm(x: Array, w: Weights, name: str, eps: float) -> Array:
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def gelu(x: Array) -> Array:
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def mlp(x: Array, w: Weights, name: str) -> Array:
+    return dense(gelu(dense(x, w, f"{name}.hidden")), w, f"{name}.output")
+
+
+def attend(q: Array, k: Array, v: Array, heads: int, norms: Any = None) -> Array:
+    """Eq. 6-8 without the projection: heads one after the other, concatenated."""
+    size = q.shape[-1] // heads
+    found: list[Array] = []
+    for head in range(heads):
+        at = slice(head * size, (head + 1) * size)
+        query, key = q[:, at], k[:, at]
+        if norms is not None:
+            query, key = norms(query, "query_norm"), norms(key, "key_norm")
+        found.append(softmax(query @ key.T / math.sqrt(size)) @ v[:, at])
+    return np.concatenate(found, axis=1)
+
+
+def self_attention(x: Array, w: Weights, name: str, spec: ViTSpec) -> Array:
+    q, k, v = np.split(dense(x, w, f"{name}.qkv"), 3, axis=1)
+
+    def norms(values: Array, which: str) -> Array:
+        return layer_norm(values, w, f"{name}.{which}", spec.norm_eps)
+
+    heads = attend(q, k, v, spec.heads, norms if spec.qk_norm else None)
+    return dense(heads, w, f"{name}.projection")
+
+
+def sincos(rows: int, columns: int, width: int) -> Array:
+    quarter = width // 4
+    omega = 10_000.0 ** (-np.arange(quarter) / (quarter - 1))
+    table = [
+        np.concatenate([f(at * omega) for at in (x, y) for f in (np.sin, np.cos)])
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    return np.stack(table)
+
+
+def reference(image: Array, w: Weights, spec: ViTSpec) -> Array:
+    """Logits `[K]` of one image `[C, H, W]`."""
+    (rows, columns), (ph, pw) = spec.grid, spec.patch_size
+    patches = [
+        np.array(
+            [
+                image[c, r * ph + y, s * pw + x]
+                for y in range(ph)
+                for x in range(pw)
+                for c in range(spec.in_channels)
+            ]
+        )
+        for r in range(rows)
+        for s in range(columns)
+    ]
+    z = dense(np.stack(patches), w, "patch_embedding")
+    if spec.position == "sincos2d":
+        z = z + sincos(rows, columns, spec.width)
+    token = [w["class_token"][0]] if spec.pool == "token" else []
+    z = np.concatenate([*token, z])
+    if spec.position == "learned":
+        z = z + w["position_embedding"][0]  # Eq. 1
+    if spec.registers:
+        z = np.concatenate([z[: len(token)], w["registers"][0], z[len(token) :]])
+    for layer in range(spec.depth):
+        name = f"blocks.{layer}"
+        y = self_attention(
+            layer_norm(z, w, f"{name}.norm1", spec.norm_eps), w, f"{name}.attention", spec
+        )
+        z = z + y * w.get(f"{name}.scale1", np.ones(1))  # Eq. 2
+        y = mlp(layer_norm(z, w, f"{name}.norm2", spec.norm_eps), w, f"{name}.mlp")
+        z = z + y * w.get(f"{name}.scale2", np.ones(1))  # Eq. 3
+    z = layer_norm(z, w, "norm", spec.norm_eps)
+    if spec.pool == "token":
+        pooled = z[0]  # Eq. 4
+    elif spec.pool == "gap":
+        pooled = z[-rows * columns :].mean(0)
+    else:
+        q = dense(w["pool.probe"][0], w, "pool.query")
+        k, v = np.split(dense(z, w, "pool.key_value"), 2, axis=1)
+        pooled = dense(attend(q, k, v, spec.heads), w, "pool.projection")
+        pooled = (pooled + mlp(layer_norm(pooled, w, "pool.norm", spec.norm_eps), w, "pool.mlp"))[0]
+    if spec.num_classes and spec.head == "mlp":
+        pooled = np.tanh(dense(pooled, w, "pre_logits"))
+    return dense(pooled, w, "head") if spec.num_classes else pooled
+
+
+# Helpers -----------------------------------------------------------------------------------------
+
+
+def tiny(**options: Any) -> ViTSpec:
+    """A small model with every size different."""
+    values: dict[str, Any] = {
+        "depth": 2,
+        "width": 24,
+        "mlp_width": 40,
+        "heads": 3,
+        "patch_size": (4, 4),
+        "image_size": (16, 16),
+        "num_classes": 7,
+    }
+    return ViTSpec(**(values | options))
+
+
+def scatter(model: nn.Module) -> None:
+    """Draw every weight, so that none is at a value (0 or 1) that hides a mistake."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.ndim > 1 else 0.5))
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "pre-training head": {"head": "mlp"},
+    "gap": {"pool": "gap"},
+    "map": {"pool": "map"},
+    "map, mlp head": {"pool": "map", "head": "mlp"},
+    "registers": {"registers": 3},
+    "gap, registers": {"pool": "gap", "registers": 2},
+    "map, registers": {"pool": "map", "registers": 1},
+    "LayerScale": {"layer_scale": 0.1},
+    "qk-norm": {"qk_norm": True, "norm_eps": 1e-3},
+    "sincos": {"position": "sincos2d"},
+    "sincos, gap, registers": {"position": "sincos2d", "pool": "gap", "registers": 2},
+    "no positions": {"position": "none"},
+    "features": {"num_classes": 0, "head": "mlp"},
+    "wide": {"image_size": (8, 24)},
+    "tall, flat patches": {"image_size": (18, 10), "patch_size": (3, 5)},
+    "one channel": {"in_channels": 1},
+    "five channels": {"in_channels": 5, "patch_size": (8, 2)},
+    "everything": {
+        "image_size": (12, 20),
+        "patch_size": (6, 4),
+        "in_channels": 2,
+        "pool": "token",
+        "head": "mlp",
+        "registers": 2,
+        "layer_scale": 1e-5,
+        "qk_norm": True,
+        "dropout": 0.5,
+        "drop_path": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_model_computes_the_equations(options: dict[str, Any]):
+    """1e-10 in float64, 1e-5 in float32, relative to the largest logit."""
+    spec = tiny(**options)
+    model = ViT(spec).eval()
+    scatter(model)
+    images = torch.randn(3, spec.in_channels, *spec.image_size, dtype=torch.float64)
+    with torch.inference_mode():
+        single = model(images.float()).double().numpy()
+        double = model.double()
+        if double.fixed_position is not None:  # the table itself is float32
+            rows, columns = spec.grid
+            double.fixed_position = torch.from_numpy(sincos(rows, columns, spec.width))[None]
+        exact = double(images).numpy()
+    weights = {name: p.detach().numpy() for name, p in double.named_parameters()}
+    wanted = np.stack([reference(image, weights, spec) for image in images.numpy()])
+    scale = np.abs(wanted).max()
+    assert wanted.shape == (3, spec.num_classes or spec.width)
+    assert np.abs(exact - wanted).max() / scale < 1e-10
+    assert np.abs(single - wanted).max() / scale < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["token", "gap", "map"])
+def test_features_agree_with_the_logits(pool: Any):
+    spec = tiny(pool=pool, registers=2, image_size=(8, 24), head="mlp")
+    model = ViT(spec).eval()
+    scatter(model)
+    images = torch.randn(2, 3, 8, 24)
+    pooled, tokens, grid = model.features(images)
+    assert pooled.shape == (2, 24)
+    assert tokens.shape == (2, 12, 24)
+    assert grid == (2, 6)
+    torch.testing.assert_close(model.classify(pooled), model(images))
+    if pool == "gap":
+        torch.testing.assert_close(pooled, tokens.mean(1))
+
+
+def test_tokens_are_the_patches_row_by_row():
+    """Without attention between them, only the token of a changed patch changes."""
+    model = ViT(tiny(depth=1, registers=2, image_size=(8, 24))).eval()
+    scatter(model)
+    block: Any = model.blocks[0]
+    nn.init.zeros_(block.attention.projection.weight)
+    images = torch.randn(1, 3, 8, 24)
+    changed = images.clone()
+    changed[:, :, 5, 9] += 1.0  # row 1, column 2 of the 2 x 6 grid
+    differs = (model.features(images).tokens != model.features(changed).tokens).any(-1)[0]
+    assert differs.nonzero().flatten().tolist() == [1 * 6 + 2]
+
+
+def test_images_of_another_size_are_refused():
+    model = ViT(tiny())
+    for shape in ((1, 3, 16, 20), (1, 1, 16, 16), (1, 3, 8, 8)):
+        with pytest.raises(PatchwordError, match=r"the model takes \[B, 3, 16, 16\]"):
+            model(torch.zeros(shape))
+
+
+# Dropout and stochastic depth --------------------------------------------------------------------
+
+
+def record_drops(
+    model: ViT, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[float, tuple[int, ...]]]:
+    """(rate, shape) of every dropout that a forward pass applies."""
+    seen: list[tuple[float, tuple[int, ...]]] = []
+
+    def spy(x: Tensor, rate: float) -> Tensor:
+        seen.append((rate, tuple(x.shape)))
+        return x
+
+    monkeypatch.setattr("torch.nn.functional.dropout", spy)
+    model(torch.randn(2, 3, 16, 16))
+    return seen
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_dropout_follows_positions_and_dense_layers_but_not_qkv(
+    head: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """B.1.1, in the order of the forward pass; the heads have none, as in the authors' code."""
+    model = ViT(tiny(dropout=0.3, head=head)).train()
+    x, hidden = (0.3, (2, 17, 24)), (0.3, (2, 17, 40))
+    block = [x, hidden, x]  # projection, first and second layer of the MLP
+    assert record_drops(model, monkeypatch) == [x, *block, *block]
+
+
+def test_no_dropout_in_evaluation_or_at_rate_zero(monkeypatch: pytest.MonkeyPatch):
+    assert record_drops(ViT(tiny(dropout=0.3)).eval(), monkeypatch) == []
+    assert record_drops(ViT(tiny()).train(), monkeypatch) == []
+
+
+def test_evaluation_is_deterministic_and_training_is_not():
+    model = ViT(tiny(dropout=0.5, drop_path=0.5))
+    scatter(model)
+    images = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(model.train()(images), model(images))
+    assert torch.equal(model.eval()(images), model(images))
+
+
+def test_stochastic_depth_rises_linearly_from_zero():
+    model = ViT(tiny(depth=5, drop_path=0.2))
+    rates = [block.drop_path for block in model.blocks]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    assert ViT(tiny(depth=1, drop_path=0.2)).blocks[0].drop_path == 0
+
+
+# What is off costs nothing -----------------------------------------------------------------------
+
+
+def graph_nodes(output: Tensor) -> int:
+    """Nodes of the autograd graph behind a tensor."""
+    seen: set[Any] = set()
+    todo = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return len(seen)
+
+
+def test_options_that_are_off_add_nothing():
+    """A plain model has the paper's tensors and no other, and a graph as small in training mode as
+    in evaluation; each option on adds to one of the two."""
+    plain = ViT(tiny())
+    names = set(plain.state_dict())
+    per_block = {
+        f"{part}.{kind}"
+        for part in ("norm1", "attention.qkv", "attention.projection", "norm2")
+        for kind in ("weight", "bias")
+    } | {f"mlp.{part}.{kind}" for part in ("hidden", "output") for kind in ("weight", "bias")}
+    assert names == {f"blocks.{i}.{name}" for i in range(2) for name in per_block} | {
+        "patch_embedding.weight",
+        "patch_embedding.bias",
+        "class_token",
+        "position_embedding",
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
+    images = torch.randn(2, 3, 16, 16)
+    nodes = graph_nodes(plain.train()(images))
+    assert nodes == graph_nodes(plain.eval()(images))
+    for on in ({"dropout": 0.1}, {"drop_path": 0.1}):
+        model = ViT(tiny(**on)).train()
+        assert set(model.state_dict()) == names
+        assert graph_nodes(model(images)) > nodes
+        assert graph_nodes(model.eval()(images)) == nodes
+    for on in ({"layer_scale": 0.1}, {"registers": 1}, {"qk_norm": True}, {"head": "mlp"}):
+        model = ViT(tiny(**on))
+        assert set(model.state_dict()) > names
+        assert graph_nodes(model(images)) > nodes
+
+
+# Multiply-accumulates ----------------------------------------------------------------------------
+
+
+def counted_macs(spec: ViTSpec) -> int:
+    """Half the FLOPs that torch counts for one image, without computing it."""
+    with torch.device("meta"):
+        model = ViT(spec).eval().requires_grad_(False)
+        images = torch.empty(1, spec.in_channels, *spec.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_macs_equal_torch_own_count(options: dict[str, Any]):
+    assert macs(tiny(**options)) == counted_macs(tiny(**options))
+
+
+def test_macs_of_a_real_model():
+    spec = model_spec("ViT-B/16")
+    assert macs(spec) == counted_macs(spec)
+    assert macs(spec) / 1e9 == pytest.approx(17.6, abs=0.05)  # section 4.4
+
+
+# Initialisation ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide() -> dict[str, Tensor]:
+    """The initial weights of a model wide enough to measure."""
+    torch.manual_seed(1)
+    model = create_model(
+        "ViT-S/16", 10, 64, pool="map", registers=16, head="mlp", layer_scale=0.25, depth=2
+    )
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def uniform(values: Tensor, variance: float) -> None:
+    """Uniform around 0: the standard deviation to 2 %, the range to 1 % and never beyond."""
+    bound = math.sqrt(3 * variance)
+    assert values.std().item() == pytest.approx(math.sqrt(variance), rel=0.02)
+    assert 0.99 * bound < values.abs().max().item() <= bound * (1 + 1e-6)
+    assert abs(values.mean().item()) < 5 * math.sqrt(variance / values.numel())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_initial_encoder(wide: dict[str, Tensor], layer: int):
+    block = {
+        name.removeprefix(f"blocks.{layer}."): p
+        for name, p in wide.items()
+        if name.startswith(f"blocks.{layer}.")
+    }
+    for part in (*block["attention.qkv.weight"].chunk(3), block["attention.projection.weight"]):
+        uniform(part, 1 / 384)
+    for name in ("mlp.hidden.weight", "mlp.output.weight"):
+        uniform(block[name], 2 / (384 + 1536))
+    for name in ("attention.qkv.bias", "attention.projection.bias", "norm1.bias", "norm2.bias"):
+        assert not block[name].any()
+    for name in ("mlp.hidden.bias", "mlp.output.bias"):
+        assert block[name].std().item() == pytest.approx(1e-6, rel=0.15)
+    for name in ("norm1.weight", "norm2.weight"):
+        assert (block[name] == 1).all()
+    assert (block["scale1"] == 0.25).all()
+    assert (block["scale2"] == 0.25).all()
+
+
+def test_initial_stem_and_heads(wide: dict[str, Tensor]):
+    for name, fan_in in (("patch_embedding.weight", 768), ("pre_logits.weight", 384)):
+        values, std = wide[name], 1 / math.sqrt(fan_in)
+        assert values.std().item() == pytest.approx(std, rel=0.02)
+        cut = 2 * std / 0.87962566
+        assert 0.98 * cut < values.abs().max().item() <= cut * (1 + 1e-6)
+    for name in ("position_embedding", "registers"):
+        assert wide[name].std().item() == pytest.approx(0.02, rel=0.05)
+        assert wide[name].abs().max().item() > 2.5 * 0.02  # not truncated
+    for part in wide["pool.key_value.weight"].chunk(2):
+        uniform(part, 1 / 384)
+    for name in ("pool.query.weight", "pool.projection.weight"):
+        uniform(wide[name], 1 / 384)
+    for name in ("head.weight", "head.bias", "patch_embedding.bias", "pre_logits.bias"):
+        assert not wide[name].any()
+    probe = wide["pool.probe"]
+    assert probe.std().item() == pytest.approx(math.sqrt(2 / (1 + 384)), rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "gap"}, {"pool": "map", "head": "mlp"}])
+def test_zero_head_gives_zero_logits(options: dict[str, Any]):
+    model = ViT(tiny(**options))
+    assert not model(torch.randn(2, 3, 16, 16)).any()
+    assert model.features(torch.randn(2, 3, 16, 16)).pooled.any()
+    if model.class_token is not None:
+        assert not model.class_token.any()
+
+
+def test_initial_weights_follow_the_seed():
+    def draw(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        return ViT(tiny(registers=2, pool="map", head="mlp")).state_dict()
+
+    first, same, other = draw(3), draw(3), draw(4)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["registers"], other["registers"])
+
+
+def test_every_tensor_is_initialised(monkeypatch: pytest.MonkeyPatch):
+    """No weight is left as memory was found: memory is filled with NaN first."""
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        sides = size[0] if isinstance(size[0], tuple) else size
+        return torch.full(sides, torch.nan, **options)
+
+    everything = tiny(registers=2, pool="map", head="mlp", layer_scale=0.1, qk_norm=True)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for spec in (tiny(), everything):
+        model = vit.ViT(spec)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_attention_heads_are_laid_out_as_documented():
+    """Rows of qkv: all queries, all keys, all values, each head by head."""
+    layer = SelfAttention(24, 3).double()
+    scatter(layer)
+    weights = {f"a.{name}": p.detach().numpy() for name, p in layer.named_parameters()}
+    x = torch.randn(1, 5, 24, dtype=torch.float64)
+    wanted = self_attention(x[0].numpy(), weights, "a", tiny())
+    np.testing.assert_allclose(layer(x)[0].detach().numpy(), wanted, rtol=1e-10, atol=1e-10)
