@@ -179,7 +179,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     args = _parse(EvaluateArguments, arguments, "evaluate")
     from patchword.workflows.measuring import evaluate as measure
 
-    values = vars(args) | {"image_size": _size(args.image_size)}
+    values: dict[str, Any] = vars(args) | {"image_size": _size(args.image_size)}
     del values["json"]
     done = measure(**values, console=err)
     result = done.classification
@@ -228,7 +228,7 @@ def predict(arguments: Sequence[str]) -> int:
     images = [path for name in args.images for path in (_lines_in() if name == "-" else [name])]
     from patchword.workflows.measuring import predict as classify
 
-    values = vars(args) | {"images": images, "image_size": _size(args.image_size)}
+    values: dict[str, Any] = vars(args) | {"images": images, "image_size": _size(args.image_size)}
     for name in ("json", "csv"):
         del values[name]
     bad: dict[str, str] = {}

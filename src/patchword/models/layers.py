@@ -40,8 +40,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The reference with the scale moved to the queries, as batched products over b * h. For
-    training in bfloat16 on a CPU, where the fused kernel's backward pass gains nothing from it."""
+    """The reference with the scale moved to the queries, as batched products over b * h."""
     b, h, n, d = q.shape
     scaled = (q * d**-0.5).reshape(b * h, n, d)
     keys, values = k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
@@ -49,9 +48,16 @@ def attention_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(weights, values).view(b, h, n, d)
 
 
+MATMUL_TOKENS = 2048
+"""Beyond this the n x n weights cost more memory than the products save time."""
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The fastest exact attention for this device, dtype and mode; `[b, h, n, d]` each."""
-    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and torch.is_grad_enabled():
+    """The fastest exact attention for this device and dtype; `[b, h, n, d]` each.
+
+    PyTorch's fused CPU kernel gains nothing from bfloat16, so there the products are explicit.
+    """
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape[2] <= MATMUL_TOKENS:
         return attention_matmul(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

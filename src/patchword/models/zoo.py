@@ -91,9 +91,9 @@ def create_model(
     """A freshly initialised model.
 
     `image_size` in pixels, one side or (height, width), multiples of the patch size.
-    `num_classes=0` leaves out the head. `options` are fields of `ViTSpec`: `create_model("ViT-B/16", pool="gap",
-    drop_path=0.1)`, `create_model("ViT-Ti/4", 10, 32, depth=9)`. Raises `UsageError` on
-    unknown names, options and values, naming the nearest valid ones.
+    `num_classes=0` leaves out the head. `options` are fields of `ViTSpec`:
+    `create_model("ViT-B/16", pool="gap", drop_path=0.1)`, `create_model("ViT-Ti/4", 10, 32,
+    depth=9)`. Raises `UsageError` on unknown names, options and values, naming the nearest valid.
     """
     spec = model_spec(
         name, num_classes=num_classes, image_size=image_size, in_channels=in_channels, **options

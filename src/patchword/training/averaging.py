@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from patchword.models.vit import ViT
 
 
 class Average:
@@ -15,13 +17,13 @@ class Average:
     dominated by the initial weights. The paper uses 0.9999 (section 4.1).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: ViT, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._mine = list(self.model.parameters())
+        self._mine: list[Tensor] = list(self.model.parameters())
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Follow the weights after update number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._mine, list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(self._mine, [p.detach() for p in model.parameters()], 1 - decay)

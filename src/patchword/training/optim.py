@@ -64,7 +64,7 @@ def learning_rate(step: int, total: int, optim: OptimSpec) -> float:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors by `"<slot>/<parameter>"`, such as `"exp_avg/norm.weight"`."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{slot}/{names[p]}": value
         for p, slots in optimizer.state.items()

@@ -227,10 +227,11 @@ def _predictions(
     )
     for row in batch.mask.nonzero()[:, 0].tolist():
         best = [
-            (classes[k], p)
+            (str(classes[k]), float(p))
             for k, p in zip(order[row, :top].tolist(), values[row, :top].tolist(), strict=True)
         ]
-        yield Prediction(paths[int(batch.indices[row])], *best[0], best)
+        label, probability = best[0]
+        yield Prediction(paths[int(batch.indices[row])], label, probability, best)
 
 
 def find_images(patterns: Iterable[str | Path]) -> list[str]:

@@ -53,7 +53,10 @@ def default_run(source: Source, spec: TrainSpec) -> Path:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run directory for this process. Raises `PatchwordError` if another one holds it."""
+    """Hold a run directory for this process. Raises `PatchwordError` if another one holds it, or
+    if the folder holds anything else; it is then left as it is."""
+    if not is_run(run) and _strangers(run):
+        raise PatchwordError(f"{run} exists and is not a run directory; choose another --out")
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("w") as file:
         try:
@@ -65,21 +68,27 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+def is_run(run: Path) -> bool:
+    """Whether a folder is the directory of a run that was started."""
+    return (run / CONFIG).exists() and (run / SPLITS).exists()
+
+
 def clear(run: Path) -> None:
-    """Empty a run directory. Raises `PatchwordError` if the folder holds anything else."""
-    if (run / CONFIG).exists() or not _strangers(run):
-        for entry in run.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != ".lock":
-                entry.unlink()
-        return
-    raise PatchwordError(f"{run} exists and is not a run directory; choose another --out")
+    """Empty a run directory but for hidden entries; what makes it one goes last."""
+    last = [CONFIG, SPLITS]
+    for entry in sorted(run.iterdir(), key=lambda entry: entry.name in last):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _strangers(run: Path) -> list[str]:
-    ours = {"environment.json", "classes.json", SPLITS, "metrics.jsonl", "evaluations.jsonl"}
-    names = {entry.name for entry in run.iterdir()}
+    """What a folder holds that is not left by a run which was stopped before it started."""
+    ours = {"environment.json", "classes.json", SPLITS, f"{SPLITS}.tmp"}
+    names = {entry.name for entry in run.iterdir()} if run.exists() else set()
     return sorted(name for name in names - ours if not name.startswith("."))
 
 
@@ -87,13 +96,13 @@ def stored_spec(run: Path) -> TrainSpec | None:
     """The resolved spec of a run that was started, None if there is none."""
     path = run / CONFIG
     if not path.exists():
-        if _strangers(run):
-            raise PatchwordError(f"{run} exists and is not a run directory; choose another --out")
         return None
     try:
         return parse(TrainSpec, json.loads(path.read_text(encoding="utf-8")), "")
     except ValueError as error:
-        raise PatchwordError(f"{path} cannot be read: {error}") from None
+        raise PatchwordError(
+            f"{path} cannot be read: {error}; start again with --overwrite"
+        ) from None
 
 
 def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
@@ -193,7 +202,7 @@ def build_model(spec: TrainSpec, source: Source) -> ViT:
 
 def open_division(run: Path, source: Source, spec: TrainSpec) -> Division:
     """The division of the run, if it has one, else the one its spec makes."""
-    if (run / SPLITS).exists():
+    if is_run(run):
         return load_division(run / SPLITS, source)
     data = spec.data
     return divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)

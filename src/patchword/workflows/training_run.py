@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from patchword.specs import PatchwordError, TrainSpec, changed, seconds, with_le
 from patchword.training.checkpoint import Checkpoints, replace_text
 from patchword.training.log import Lines, LiveLine, duration, write_csv
 from patchword.training.loop import Run, Trainer
-from patchword.training.parallel import make_deterministic
+from patchword.training.parallel import keep_memory, make_deterministic
 from patchword.training.recipes import base_spec
 from patchword.types import Batch
 from patchword.weights.native import load_model
@@ -97,7 +97,7 @@ class Inputs:
                 progress=lambda done, total: status.update(f"decoding {done:,}/{total:,} images"),
             )
 
-    def feed(self, start: int, stop: int) -> Iterator[Batch]:
+    def feed(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The training batches of positions `start` to `stop`."""
         return train_batches(
             self.source,
@@ -206,6 +206,7 @@ def _train(
     fresh: bool,
 ) -> TrainResult:
     make_deterministic(spec.deterministic)
+    keep_memory()
     device = torch.device(spec.device)
     model = runs.build_model(spec, source)
     inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
@@ -225,15 +226,15 @@ def _train(
     if newest is not None:
         trainer.read(*newest)
         console.print(f"resuming from {newest[0]}", highlight=False)
-    step = trainer.progress.step
+    progress = trainer.progress
     Run(
         trainer=trainer,
         feed=inputs.feed,
         prepare=inputs.prepare,
         evaluators={"val": inputs.evaluator("val")} if len(division["val"]) else {},
         checkpoints=checkpoints,
-        metrics=Lines(run / "metrics.jsonl", step),
-        evaluations=Lines(run / "evaluations.jsonl", step),
+        metrics=Lines(run / "metrics.jsonl", progress.step),
+        evaluations=Lines(run / "evaluations.jsonl", progress.evaluated),
         live=LiveLine(console),
         steps_per_epoch=len(division["train"]) / spec.batch_size,
         locate=source.location,
@@ -346,7 +347,9 @@ def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> Tr
         "gmacs": macs(trainer.model.spec) / 1e9,
         "exaflops": exaflops(trainer.model, progress.step * spec.batch_size),
         "best_step": progress.best_step or progress.step,
-        "best_weights": progress.best_weights,
+        "best_weights": progress.best_weights
+        if progress.best is not None
+        else ("average" if trainer.average else "raw"),
         "best_val_top1": progress.best,
         "bad_images": len(progress.bad),
         "rollbacks": progress.rollbacks,
@@ -379,5 +382,7 @@ def _write_summary(run: Path, summary: dict[str, Any]) -> None:
 
 
 def _read_summary(run: Path) -> dict[str, Any]:
-    path = run / runs.SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads((run / runs.SUMMARY).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not there yet, or damaged: written again
+        return {}
