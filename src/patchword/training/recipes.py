@@ -35,7 +35,7 @@ class Recipe:
     def command(self) -> str:
         """The command that runs it."""
         data = "digits" if self.name == "digits" else "DATA"
-        init = " --init WEIGHTS" if self.name.startswith("finetune") else ""
+        init = "" if "model" in self.settings else " --init WEIGHTS"
         return f"patchword train {data} --recipe {self.name}{init}"
 
 
@@ -156,6 +156,23 @@ _add(
         "augment": {"crop": "resize", "pad": 4},
         "optim": {"lr": 1e-3, "weight_decay": 0.05, "average": 0.999, "warmup": 0.1},
     },
+)
+
+_add(
+    "cifar10-small",
+    "CIFAR-10 from scratch on a laptop's CPU, half an hour or so",
+    source="ours: a smaller model, because at two cores epochs count for more than size",
+    expected="see docs/results.md",
+    images=50_000,
+    settings=merge(
+        RECIPES["cifar10"].settings,
+        {
+            "time": "30m",
+            "epochs": None,
+            "options": {"depth": 6, "width": 128, "mlp_width": 512, "heads": 4},
+            "optim": {"lr": 2e-3, "average": 0.998, "weight_decay": 0.1},
+        },
+    ),
 )
 
 # Table 3: pre-training ----------------------------------------------------------------------------

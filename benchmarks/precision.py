@@ -1,0 +1,114 @@
+"""Loss curves in bfloat16 and in float32, over several seeds, on the same batches.
+
+The question is whether the default CPU and GPU precision trains as float32 does: the distance
+between the two precisions at the same seed, against the distance between seeds in float32.
+
+    python benchmarks/precision.py ../shared/data/cifar10 --steps 300 --seeds 3
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from timing import RESULTS, machine
+from tyro.conf import Positional
+
+from patchword.data.sources import open_source
+from patchword.specs import changed
+from patchword.training.loop import Trainer
+from patchword.training.recipes import base_spec
+from patchword.workflows import runs
+from patchword.workflows.training_run import Inputs
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare loss curves of the two precisions."""
+
+    data: Positional[str]
+    recipe: str = "cifar10-small"
+    steps: int = 300
+    seeds: int = 3
+    batch_size: int = 64
+    window: int = 20
+    """steps of the moving mean that smooths the curves"""
+
+
+def losses(options: Options, seed: int, precision: str, console: Console) -> np.ndarray:
+    """The loss of every step, float64 `[steps]`."""
+    base = base_spec(options.data, options.recipe)
+    source = open_source(options.data)
+    spec = changed(
+        base, seed=seed, precision=precision, batch_size=options.batch_size, time=None, steps=options.steps
+    )
+    division = runs.open_division(Path("no-run"), source, spec)
+    spec = runs.resolve(spec, source, division)
+    model = runs.build_model(spec, source)
+    device = torch.device(spec.device)
+    inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
+    inputs.fill_cache(console)
+    trainer = Trainer(model, spec, device, getattr(torch, precision))
+    found: list[float] = []
+    for position, batch in enumerate(inputs.feed(0, options.steps)):
+        # warm-up over 50 steps, then a constant rate: short runs would else see only warm-up
+        rate = spec.optim.lr * min(1.0, (position + 1) / 50)
+        found.append(trainer.step(*inputs.prepare(batch, position), rate)[0])
+        trainer.progress.step = trainer.progress.position = position + 1
+    console.print(f"{precision} seed {seed}: last loss {np.mean(found[-options.window :]):.4f}")
+    return np.array(found)
+
+
+def main(options: Options) -> None:
+    """Run every precision and seed; print the distances; write the record and the picture."""
+    console = Console()
+    kernel = np.ones(options.window) / options.window
+    curves = {
+        (precision, seed): np.convolve(losses(options, seed, precision, console), kernel, "valid")
+        for seed in range(options.seeds)
+        for precision in PRECISIONS
+    }
+    seeds = range(options.seeds)
+    between_precisions = [np.abs(curves["bfloat16", s] - curves["float32", s]) for s in seeds]
+    between_seeds = [
+        np.abs(curves["float32", a] - curves["float32", b])
+        for a, b in itertools.combinations(seeds, 2)
+    ]
+    record = {
+        "options": vars(options),
+        "machine": machine("cpu"),
+        "mean_distance_between_precisions": float(np.mean(between_precisions)),
+        "largest_distance_between_precisions": float(np.max(between_precisions)),
+        "mean_distance_between_seeds": float(np.mean(between_seeds)),
+        "largest_distance_between_seeds": float(np.max(between_seeds)),
+        "last_loss": {f"{p} {s}": float(curve[-1]) for (p, s), curve in curves.items()},
+    }
+    console.print_json(data=record)
+    path = RESULTS / "precision-cifar10"
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    colours = {"float32": "#0072B2", "bfloat16": "#D55E00"}
+    for (precision, seed), curve in curves.items():
+        label = precision if seed == 0 else None
+        axes.plot(curve, color=colours[precision], alpha=0.7, linewidth=1.2, label=label)
+    axes.set_xlabel(f"step (moving mean over {options.window})")
+    axes.set_ylabel("training loss")
+    axes.set_title(
+        f"{options.seeds} seeds each, {options.recipe} recipe, batch {options.batch_size}"
+    )
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, prog="benchmarks/precision.py"))
