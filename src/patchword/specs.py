@@ -153,8 +153,12 @@ class PreprocessSpec:
     crop_fraction: float = 0.875
 
     def __post_init__(self) -> None:
-        _require(len(self.mean) == len(self.std), "mean and std differ in length")
-        _require(all(value > 0 for value in self.std), f"std {self.std} must be positive")
+        _require(len(self.mean) == len(self.std) > 0, "mean and std are empty or differ in length")
+        _require(all(map(math.isfinite, self.mean)), f"mean {self.mean} must be finite")
+        _require(
+            all(value > 0 and math.isfinite(value) for value in self.std),
+            f"std {self.std} must be positive",
+        )
         _require(0 < self.crop_fraction <= 1, "crop_fraction must be in (0, 1]")
 
 
@@ -213,10 +217,15 @@ class AugmentSpec:
         low, high = self.crop_area
         _require(0 < low <= high <= 1, f"crop_area {self.crop_area} must be in (0, 1]")
         low, high = self.crop_aspect
-        _require(0 < low <= high, f"crop_aspect {self.crop_aspect} must be positive and rise")
-        for name in ("pad", "rotate", "scale", "translate", "shear", "mixup", "cutmix"):
+        _require(
+            0 < low <= high < math.inf, f"crop_aspect {self.crop_aspect} must be positive and rise"
+        )
+        for name in (
+            *("pad", "rotate", "scale", "translate", "shear", "mixup", "cutmix"),
+            "randaugment_layers",
+        ):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; it must not be negative")
+            _require(0 <= value < math.inf, f"{name} is {value}; it must be 0 or more and finite")
         _require(self.scale < 1, f"scale is {self.scale}; it must be below 1")
         _require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; it must be in [0, 1]")
         _require(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude is not in [0, 30]")
@@ -344,9 +353,12 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         _require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
+        _require(min(self.image_size) >= 1, f"image_size is {self.image_size}; use 1 or more")
         for name in ("steps", "epochs", "images", "eval_every", "checkpoint_every", "log_every"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name} is {value}; it must be positive")
+            _require(
+                value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive"
+            )
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; use 1 or more")
         _require(self.keep >= 1, f"keep is {self.keep}; use 1 or more")
         _require(self.workers is None or self.workers >= 0, "workers must be 0 or more")
@@ -417,7 +429,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal and isinstance(value, str):
         raise UsageError(f"{where} is {value!r}{nearest(value, map(str, arguments))}")
     if origin is tuple and isinstance(value, (list, tuple)):
-        items = typing.cast("list[Any]", list(typing.cast(Iterable[Any], value)))
+        items = list(typing.cast("Iterable[Any]", value))
         kinds = [arguments[0]] * len(items) if arguments[-1] is ... else list(arguments)
         if len(kinds) == len(items):
             return tuple(
@@ -449,10 +461,11 @@ def changed(spec: T, **changes: Any) -> T:
     """`spec` with some fields changed, found by name in it or in its groups:
     `changed(spec, lr=0.01, steps=100)`. Raises `UsageError` on unknown names and bad values."""
     values = to_dict(spec)
-    places = dict.fromkeys(values, values)
+    places: dict[str, dict[str, Any]] = dict.fromkeys(values, values)
     for group in list(values.values()):
         if isinstance(group, dict):
-            places |= dict.fromkeys(typing.cast("dict[str, Any]", group), group)
+            group = typing.cast("dict[str, Any]", group)
+            places |= dict.fromkeys(group, group)
     for name, value in changes.items():
         if name not in places:
             raise UsageError(f"unknown setting {name!r}{nearest(name, places)}")

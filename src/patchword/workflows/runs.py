@@ -280,6 +280,8 @@ def git_commit() -> str | None:
 def recipe_cost(recipe: Recipe) -> str:
     """What a recipe costs on the data it is for: images seen and exaFLOPs (section 4.4)."""
     spec = recipe_spec(recipe.name, "")
+    if spec.time is not None:
+        return f"{spec.time} of training"
     images = (spec.steps or 0) * spec.batch_size
     if spec.epochs is not None:
         if recipe.images is None:

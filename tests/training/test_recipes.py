@@ -1,0 +1,204 @@
+"""A dry run of every recipe, and the figures of tables 3, 4 and 6."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from patchword.data.transforms import BatchAugment, TrainTransform
+from patchword.models.zoo import create_model, model_spec
+from patchword.specs import PreprocessSpec, TrainSpec, UsageError, ViTSpec
+from patchword.training.optim import build_optimizer, learning_rate, span
+from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge, recipe_spec
+from patchword.workflows.runs import recipe_cost
+
+every = pytest.mark.parametrize("name", RECIPES)
+
+
+def vit_of(spec: TrainSpec) -> ViTSpec:
+    """The recipe's model; a small one where --init brings it."""
+    options = spec.options.given()
+    return model_spec(spec.model or "ViT-Ti/16", image_size=spec.size, **options)
+
+
+def steps_of(spec: TrainSpec, images: int | None) -> int:
+    if spec.steps is not None:
+        return spec.steps
+    if spec.epochs is None:
+        assert spec.time is not None
+        return 1000
+    return round(spec.epochs * (images or 10_000) / spec.batch_size)
+
+
+@every
+def test_dry_run(name: str):
+    spec = recipe_spec(name, "somewhere")
+    assert spec.source == "somewhere"
+    assert spec.recipe == name
+    lengths = [spec.steps, spec.epochs, spec.images, spec.time]
+    assert sum(length is not None for length in lengths) == 1
+    vit = vit_of(spec)
+    with torch.device("meta"):
+        model = create_model(spec.model or "ViT-Ti/16", 10, spec.size, 3, **spec.options.given())
+        images = torch.empty(2, 3, *vit.image_size)
+        assert model(images).shape == (2, 10)
+    groups = build_optimizer(model, spec.optim).param_groups
+    assert len(groups) == 2
+    total = steps_of(spec, RECIPES[name].images)
+    shown = [learning_rate(at * total // 50, total, spec.optim) for at in range(50)]
+    assert max(shown) <= spec.optim.lr
+    assert min(shown) > 0
+    assert learning_rate(span(spec.optim.warmup, total), total, spec.optim) == spec.optim.lr
+    assert learning_rate(total, total, spec.optim) == pytest.approx(0, abs=1e-12)
+    transform = TrainTransform(vit.image_size, 3, spec.preprocess, spec.augment)
+    photo = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    assert transform(photo, random.Random(0)).shape == (3, *vit.image_size)
+    augment = BatchAugment(spec.augment, 10)
+    small = torch.randn(4, 3, 16, 16)
+    inputs, targets = augment(small, torch.arange(4), torch.Generator().manual_seed(0))
+    assert inputs.shape == (4, 3, 16, 16)
+    assert len(targets) == 4
+
+
+@every
+def test_recipe_says_what_it_is(name: str):
+    recipe = find_recipe(name)
+    assert recipe.name == name
+    assert recipe.title
+    assert recipe.source
+    assert recipe.expected
+    assert recipe.command.startswith("patchword train ")
+    assert f"--recipe {name}" in recipe.command
+    assert ("--init WEIGHTS" in recipe.command) == (recipe_spec(name, "x").model is None)
+    cost = recipe_cost(recipe)
+    assert not cost.startswith("0 ")
+    assert any(word in cost for word in ("images", "epochs of the data", "of training"))
+
+
+# model: epochs, learning rate, schedule, weight decay, dropout (table 3)
+TABLE_3: dict[str, tuple[str, float, float, str, float, float]] = {
+    "jft-b16": ("ViT-B/16", 7, 8e-4, "linear", 0.1, 0.0),
+    "jft-b32": ("ViT-B/32", 7, 8e-4, "linear", 0.1, 0.0),
+    "jft-l32": ("ViT-L/32", 7, 6e-4, "linear", 0.1, 0.0),
+    "jft-l16-7": ("ViT-L/16", 7, 4e-4, "linear", 0.1, 0.0),
+    "jft-l16-14": ("ViT-L/16", 14, 4e-4, "linear", 0.1, 0.0),
+    "jft-h14": ("ViT-H/14", 14, 3e-4, "linear", 0.1, 0.0),
+    "imagenet21k-b16": ("ViT-B/16", 90, 1e-3, "linear", 0.03, 0.1),
+    "imagenet21k-b32": ("ViT-B/32", 90, 1e-3, "linear", 0.03, 0.1),
+    "imagenet21k-l16": ("ViT-L/16", 90, 1e-3, "linear", 0.03, 0.1),
+    "imagenet21k-l32": ("ViT-L/32", 90, 1e-3, "linear", 0.03, 0.1),
+    "imagenet-b16": ("ViT-B/16", 300, 3e-3, "cosine", 0.3, 0.1),
+    "imagenet-b32": ("ViT-B/32", 300, 3e-3, "cosine", 0.3, 0.1),
+    "imagenet-l16": ("ViT-L/16", 300, 3e-3, "cosine", 0.3, 0.1),
+    "imagenet-l32": ("ViT-L/32", 300, 3e-3, "cosine", 0.3, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_table_3(name: str):
+    spec, optim = recipe_spec(name, "x"), recipe_spec(name, "x").optim
+    vit = vit_of(spec)
+    assert (
+        spec.model,
+        spec.epochs,
+        optim.lr,
+        optim.schedule,
+        optim.weight_decay,
+        vit.dropout,
+    ) == TABLE_3[name]
+    assert (optim.optimizer, optim.beta1, optim.beta2) == ("adamw", 0.9, 0.999)
+    assert (spec.batch_size, optim.warmup, spec.size) == (4096, 10_000, (224, 224))
+    assert (vit.pool, vit.head, vit.position) == ("token", "mlp", "learned")
+    assert optim.clip == (1.0 if name.startswith("imagenet-") else 0.0)
+    assert optim.loss == ("softmax" if name.startswith("imagenet-") else "sigmoid")
+
+
+def test_table_3_is_complete():
+    tables = {n for n, recipe in RECIPES.items() if recipe.source == "table 3"}
+    assert tables == set(TABLE_3)
+
+
+# steps, learning rate, share held out (table 4)
+TABLE_4 = {
+    "imagenet": (20_000, {0.003, 0.01, 0.03, 0.06}, 0.01),
+    "cifar": (10_000, {0.001, 0.003, 0.01, 0.03}, 0.02),
+    "pets": (500, {0.001, 0.003, 0.01, 0.03}, 0.1),
+    "flowers": (500, {0.001, 0.003, 0.01, 0.03}, 0.1),
+    "vtab": (2_500, {0.01}, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_table_4(name: str):
+    spec = recipe_spec(f"finetune-{name}", "x")
+    steps, rates, held = TABLE_4[name]
+    optim = spec.optim
+    assert spec.steps == steps
+    assert optim.lr in rates
+    assert spec.data.val_fraction == held
+    assert (optim.optimizer, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0.0)
+    assert (optim.schedule, optim.clip, spec.batch_size, spec.size) == (
+        "cosine",
+        1,
+        512,
+        (384, 384),
+    )
+    swept = RECIPES[f"finetune-{name}"].source
+    assert all(f"{rate:g}" in swept for rate in rates)
+    assert optim.average == (0.9999 if name == "imagenet" else 0.0)
+
+
+# exaFLOPs (table 6), and how near the formula of section 4.4 comes to them
+TABLE_6 = {
+    "jft-b32": (55, 0.03),
+    "jft-b16": (224, 0.01),
+    "jft-l32": (196, 0.01),
+    "jft-l16-7": (783, 0.01),
+    "jft-l16-14": (1567, 0.01),
+    "jft-h14": (4262, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_6)
+def test_table_6(name: str):
+    wanted, tolerance = TABLE_6[name]
+    cost = recipe_cost(RECIPES[name])
+    images, exaflops = cost.split(" images, ")
+    assert float(exaflops.removesuffix(" exaFLOPs")) == pytest.approx(wanted, rel=tolerance)
+    epochs = TABLE_3[name][1]
+    assert int(images.replace(",", "")) == epochs * 303_000_000
+
+
+def test_cost_of_other_recipes():
+    assert recipe_cost(RECIPES["photos"]) == "100 epochs of the data"
+    assert recipe_cost(RECIPES["finetune-pets"]).startswith("256,000 images")
+    assert recipe_cost(RECIPES["plain-s16-90"]).startswith("115,305,030 images, 3.1")
+
+
+def test_defaults_by_source():
+    assert base_spec("digits").recipe == "digits"
+    assert base_spec("somewhere").recipe == "photos"
+    assert base_spec("somewhere", init="runs/x").recipe == "transfer"
+    assert base_spec("digits", "cifar10").recipe == "cifar10"
+
+
+def test_unknown_recipes_suggest_the_nearest():
+    with pytest.raises(UsageError, match="unknown recipe 'cifar-10'; did you mean cifar10"):
+        base_spec("x", "cifar-10")
+
+
+def test_merge_goes_group_by_group():
+    base: dict[str, Any] = {"a": 1, "b": {"c": 2, "d": [3]}}
+    assert merge(base, {"b": {"d": [4]}, "e": 5}) == {"a": 1, "b": {"c": 2, "d": [4]}, "e": 5}
+    assert base == {"a": 1, "b": {"c": 2, "d": [3]}}
+
+
+def test_preprocess_of_recipes_stretches_only_to_fine_tune():
+    """The paper's code resizes to the square when fine-tuning."""
+    for name in RECIPES:
+        wanted = "stretch" if name.startswith("finetune") else PreprocessSpec().resize
+        assert recipe_spec(name, "x").preprocess.resize == wanted
