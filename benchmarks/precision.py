@@ -9,7 +9,6 @@ between the two precisions at the same seed, against the distance between seeds 
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from timing import RESULTS, machine
 from tyro.conf import Positional
 
 from patchword.data.sources import open_source
@@ -27,6 +25,7 @@ from patchword.training.loop import Trainer
 from patchword.training.recipes import base_spec
 from patchword.workflows import runs
 from patchword.workflows.training_run import Inputs
+from timing import record
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -49,7 +48,12 @@ def losses(options: Options, seed: int, precision: str, console: Console) -> np.
     base = base_spec(options.data, options.recipe)
     source = open_source(options.data)
     spec = changed(
-        base, seed=seed, precision=precision, batch_size=options.batch_size, time=None, steps=options.steps
+        base,
+        seed=seed,
+        precision=precision,
+        batch_size=options.batch_size,
+        time=None,
+        steps=options.steps,
     )
     division = runs.open_division(Path("no-run"), source, spec)
     spec = runs.resolve(spec, source, division)
@@ -83,18 +87,16 @@ def main(options: Options) -> None:
         np.abs(curves["float32", a] - curves["float32", b])
         for a, b in itertools.combinations(seeds, 2)
     ]
-    record = {
+    content = {
         "options": vars(options),
-        "machine": machine("cpu"),
         "mean_distance_between_precisions": float(np.mean(between_precisions)),
         "largest_distance_between_precisions": float(np.max(between_precisions)),
         "mean_distance_between_seeds": float(np.mean(between_seeds)),
         "largest_distance_between_seeds": float(np.max(between_seeds)),
         "last_loss": {f"{p} {s}": float(curve[-1]) for (p, s), curve in curves.items()},
     }
-    console.print_json(data=record)
-    path = RESULTS / "precision-cifar10"
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    console.print_json(data=content)
+    path = record("precision", "cpu", content)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     colours = {"float32": "#0072B2", "bfloat16": "#D55E00"}
