@@ -120,17 +120,26 @@ class Checkpoints:
             shutil.rmtree(_aside(old), ignore_errors=True)
         return target
 
-    def save_best(self, step: int, write: Callable[[Path], None]) -> None:
+    def best_folder(self, position: int) -> Path:
+        """Where the best weights are, if they are those of `position`."""
+        return self.folder / f"best-{position:08d}"
+
+    def save_best(self, position: int, write: Callable[[Path], None]) -> None:
         """Keep the weights that `write` puts into a folder as `best`. Raises `OSError`."""
-        target = self.folder / f"best-{step:08d}"
+        target = self.best_folder(position)
         write_folder(target, write)
         link(self.run / "best", target)
         for old in self.folder.glob("best-*"):
             if old != target:
                 shutil.rmtree(_aside(old), ignore_errors=True)
 
+    def forget_best(self) -> None:
+        """Let no weights count as the best."""
+        (self.run / "best").unlink(missing_ok=True)
+
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint and its `state.json`, or None if there is no checkpoint.
+        """The newest whole checkpoint and its `state.json`, or None if there is no checkpoint;
+        `last` then points at it.
 
         A damaged one is named in the log and passed over. Raises `PatchwordError` if there are
         checkpoints and all of them are damaged.
@@ -139,6 +148,7 @@ class Checkpoints:
         for folder in found:
             problem = damage(folder)
             if problem is None:
+                link(self.run / "last", folder)  # a kill may have come before `save` did
                 return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))
             logger.warning("checkpoint %s is damaged (%s); trying the one before", folder, problem)
         if found:

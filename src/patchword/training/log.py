@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from patchword.training.checkpoint import replace_text
+from patchword.weights.native import sync
 
 logger = logging.getLogger("patchword")
 
@@ -38,6 +39,16 @@ class Lines:
     def append(self, line: dict[str, Any]) -> None:
         """Add a line. Raises `OSError` if it cannot be written; it is then tried again later."""
         self._pending.append(json.dumps(line) + "\n")
+        self._write()
+
+    def flush(self) -> None:
+        """Write what could not be written yet, and flush all to the disk. Raises `OSError`."""
+        if self._pending:
+            self._write()
+        if self.path.exists():
+            sync(self.path)
+
+    def _write(self) -> None:
         data = "".join(self._pending).encode()
         with self.path.open("ab") as file:
             file.truncate(self._size)
@@ -48,11 +59,21 @@ class Lines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `.jsonl` file, without a last line that a kill cut short."""
+    """The objects of a `.jsonl` file, without a last line that a kill cut short. Other lines that
+    are no objects are left out, and named in the log."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
+        else:
+            logger.warning("%s: line %d is damaged and left out", path, number)
+    return found
 
 
 def write_csv(path: Path) -> None:

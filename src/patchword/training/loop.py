@@ -6,10 +6,11 @@ import json
 import logging
 import math
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,7 @@ from patchword.data.seeding import derived_seed
 from patchword.models.vit import ViT
 from patchword.specs import Interrupted, PatchwordError, TrainSpec
 from patchword.training.averaging import Average
-from patchword.training.checkpoint import Checkpoints, write_text
+from patchword.training.checkpoint import Checkpoints, damage, write_text
 from patchword.training.log import Lines, LiveLine, duration
 from patchword.training.objectives import classification_loss
 from patchword.training.optim import (
@@ -32,7 +33,7 @@ from patchword.training.optim import (
     optimizer_state,
 )
 from patchword.training.parallel import Working
-from patchword.types import Batch, Evaluator
+from patchword.types import Batch, Evaluator, Forward
 from patchword.weights.native import load_tensors, save_tensors, write_model
 
 logger = logging.getLogger("patchword")
@@ -50,7 +51,7 @@ def due(step: int, every: int, total: int) -> bool:
 class Feed(Protocol):
     """Where the batches come from: those of the positions from `start` to `stop`."""
 
-    def __call__(self, start: int, stop: int) -> Iterator[Batch]: ...
+    def __call__(self, start: int, stop: int) -> Generator[Batch, None, None]: ...
 
 
 Prepare = Callable[[Batch, int], "tuple[Tensor, Tensor]"]
@@ -70,9 +71,13 @@ class Progress:
     """of the steps since the last log line"""
     best: float | None = None
     """top-1 on val of the best weights; of equals, those of lower loss"""
-    best_loss: float = math.inf
+    best_loss: float = 0.0
     best_step: int = 0
+    best_position: int = 0
+    """names the folder of the best weights: unlike steps, positions never come twice"""
     best_weights: str = "raw"
+    evaluated: int = 0
+    """step of the last evaluation that was not cut short"""
     seconds: float = 0.0
     """training time, evaluations and checkpoints not counted"""
     rollbacks: int = 0
@@ -146,22 +151,39 @@ class Trainer:
 
 
 @contextmanager
-def watch_signals() -> Iterator[list[int]]:
-    """A list that receives SIGTERM or SIGINT instead of the process dying of it."""
-    received: list[int] = []
+def watch_signals(received: list[int]) -> Iterator[None]:
+    """Note SIGTERM or SIGINT in `received` instead of dying of it; outside the main thread, where
+    Python allows no handlers, do nothing.
+
+    A second signal stops at once, unless it comes within a second of the first: timeout(1) and
+    others send to a process and then to its group.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    patience = 0.0
 
     def note(signum: int, _: FrameType | None) -> None:
-        if received:  # the second one does not wait
+        nonlocal patience
+        if not received:
+            patience = time.monotonic() + 1
+            received.append(signum)
+            with suppress(RuntimeError):  # the signal came while the log was being written
+                name = signal.Signals(signum).name
+                logger.warning("%s: finishing this step, then saving", name)
+        elif time.monotonic() > patience:
             raise KeyboardInterrupt
-        received.append(signum)
-        logger.warning("%s: finishing this step, then saving", signal.Signals(signum).name)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield received
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+class _CutShort(Exception):
+    """A signal came during an evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -181,6 +203,8 @@ class Run:
     locate: Callable[[int], str]
     """where the image at a position of the source is"""
     extra_log: Callable[[dict[str, Any]], None] = lambda line: None
+    signals: list[int] = field(default_factory=list)
+    """those received while training"""
 
     def fit(self) -> None:
         """Train to the last step, from wherever the trainer is.
@@ -191,10 +215,12 @@ class Run:
         spec, trainer = self.trainer.spec, self.trainer
         total, every = _given(spec.steps), _given(spec.checkpoint_every)
         eval_every = _given(spec.eval_every)
-        with watch_signals() as signals, self.live:
+        with watch_signals(self.signals), self.live:
             saved = trainer.progress.step
             if saved == 0 and spec.on_nan == "rollback":
                 self.save()
+            self.check_best()
+            self.evaluate_if_missed(saved)
             while trainer.progress.step < total:
                 progress = trainer.progress
                 stop = progress.position + total - progress.step
@@ -206,6 +232,8 @@ class Run:
                         loss, norm = trainer.step(*self.prepare(batch, progress.position), rate)
                         if not (math.isfinite(loss) and math.isfinite(norm)):
                             self.fail_or_roll_back(loss, norm)
+                            saved = trainer.progress.step
+                            self.evaluate_if_missed(saved)
                             break
                         progress.step += 1
                         progress.position += 1
@@ -216,16 +244,24 @@ class Run:
                         if due(progress.step, eval_every, total):
                             with clock.paused():
                                 self.evaluate()
-                        if due(progress.step, every, total) or signals:
+                        if due(progress.step, every, total) or self.signals:
                             with clock.paused():
                                 saved = self.save()
-                        if signals:
-                            if saved != progress.step:
-                                logger.warning("the last checkpoint is that of step %d", saved)
-                            name = signal.Signals(signals[0]).name
-                            raise Interrupted(
-                                f"stopped by {name} after step {progress.step}", signals[0]
-                            )
+                        self.stop_if_asked(saved)
+            if saved != total:
+                raise TrainingError(
+                    f"trained to step {total}, which could not be saved; {self.last_good()}; "
+                    "free some space and run the same command"
+                )
+
+    def stop_if_asked(self, saved: int) -> None:
+        """Raise `Interrupted` after a signal; `saved` is the step of the newest checkpoint."""
+        if self.signals:
+            step = self.trainer.progress.step
+            if saved != step:
+                logger.warning("the last checkpoint is that of step %d", saved)
+            name = signal.Signals(self.signals[0]).name
+            raise Interrupted(f"stopped by {name} after step {step}", self.signals[0])
 
     def note_bad(self, batch: Batch) -> None:
         """Keep count of unreadable images, and name each once."""
@@ -265,49 +301,95 @@ class Run:
             self.extra_log(line)
 
     def evaluate(self) -> None:
-        """Measure the raw and the averaged weights; keep the best on the val part."""
+        """Measure the raw and the averaged weights; keep the best on the val part.
+
+        A signal cuts it short without a trace; the resumed run makes up for it.
+        """
         trainer, progress = self.trainer, self.trainer.progress
-        result: dict[str, Any] = {}
         models = {"raw": trainer.model}
         if trainer.average:
             models["average"] = trainer.average.model
+        lines: list[dict[str, Any]] = []
+        val: dict[str, dict[str, Any]] = {}
         for weights, model in models.items():
-            model.eval()
             for split, evaluator in self.evaluators.items():
                 started = time.monotonic()
-                result = evaluator(model)
-                seconds = round(time.monotonic() - started, 2)
+                try:
+                    result = evaluator(self.stoppable(model.eval()))
+                except _CutShort:
+                    return
                 line = {"step": progress.step, "split": split, "weights": weights} | result
-                self.append(self.evaluations, line | {"time": seconds})
-                self.extra_log(line)
-                if split == "val" and self.is_best(result):
-                    progress.best, progress.best_loss = result["top1"], result["loss"]
-                    progress.best_step, progress.best_weights = progress.step, weights
-                    self.guard(partial(self.save_best, model, weights))
+                lines.append(line | {"time": round(time.monotonic() - started, 2)})
+                if split == "val":
+                    val[weights] = result
+        for line in lines:
+            self.append(self.evaluations, line)
+            self.extra_log(line)
+        progress.evaluated = progress.step
+        if val:
+            self.keep_best(models, val)
+
+    def stoppable(self, model: ViT) -> Forward:
+        """The model, for an evaluation that a signal ends."""
+
+        def forward(images: Tensor) -> Tensor:
+            if self.signals:
+                raise _CutShort
+            return model(images)
+
+        return forward
+
+    def evaluate_if_missed(self, saved: int) -> None:
+        """Make up for an evaluation that a signal cut short before the checkpoint was saved."""
+        progress, every = self.trainer.progress, _given(self.trainer.spec.eval_every)
+        if progress.evaluated < progress.step and due(
+            progress.step, every, _given(self.trainer.spec.steps)
+        ):
+            self.evaluate()
+            self.stop_if_asked(saved)
+
+    def keep_best(self, models: dict[str, ViT], val: dict[str, dict[str, Any]]) -> None:
+        """Write the better of the weights just measured as `best`, if none were better before."""
+        progress = self.trainer.progress
+        weights = max(val, key=lambda name: (val[name]["top1"], -val[name]["loss"]))
+        top1, loss = val[weights]["top1"], val[weights]["loss"]
+        if progress.best is None or (top1, -loss) > (progress.best, -progress.best_loss):
+            write = partial(write_model, model=models[weights], step=progress.step, weights=weights)
+            if self.guard(
+                lambda: self.checkpoints.save_best(
+                    progress.position, lambda folder: write(folder / "model.safetensors")
+                )
+            ):
+                progress.best, progress.best_loss, progress.best_weights = top1, loss, weights
+                progress.best_step, progress.best_position = progress.step, progress.position
         if progress.best is not None:
             logger.info(
                 "step %d: top-1 on val %.2f %%; best %.2f %% (step %d, %s weights)",
-                *(progress.step, 100 * result["top1"], 100 * progress.best),
+                *(progress.step, 100 * top1, 100 * progress.best),
                 *(progress.best_step, progress.best_weights),
             )
 
-    def is_best(self, result: dict[str, Any]) -> bool:
-        """Whether a result on val beats the best so far."""
-        best = self.trainer.progress
-        if best.best is None:
-            return True
-        return (result["top1"], -result["loss"]) > (best.best, -best.best_loss)
-
-    def save_best(self, model: ViT, weights: str) -> None:
-        """Write a model as `best`."""
-        step = self.trainer.progress.step
-        self.checkpoints.save_best(
-            step, lambda f: write_model(f / "model.safetensors", model, step=step, weights=weights)
-        )
+    def check_best(self) -> None:
+        """After a resume: forget the best weights if they are damaged, or were replaced by those
+        of a later step that is yet to be trained again."""
+        progress = self.trainer.progress
+        if progress.best is None:
+            return
+        problem = damage(self.checkpoints.best_folder(progress.best_position))
+        if problem is not None:
+            logger.warning(
+                "the best weights, of step %d, are no longer there (%s); choosing among those to "
+                "come",
+                *(progress.best_step, problem),
+            )
+            self.checkpoints.forget_best()
+            progress.best, progress.best_loss, progress.best_step = None, 0.0, 0
 
     def save(self) -> int:
         """Write a checkpoint; returns the step of the newest one."""
         progress = self.trainer.progress
+        for lines in (self.metrics, self.evaluations):
+            self.guard(lines.flush)
         self.guard(lambda: self.checkpoints.save(progress.step, self.trainer.write))
         newest = self.checkpoints.steps()[:1]
         return int(newest[0].name.removeprefix("step-")) if newest else 0
@@ -316,10 +398,11 @@ class Run:
         """Write a line of a log."""
         self.guard(lambda: lines.append(line))
 
-    def guard(self, write: Callable[[], Any]) -> None:
+    def guard(self, write: Callable[[], Any]) -> bool:
         """Write to the disk; a failure is reported, and fatal if the spec says so."""
         try:
             write()
+            return True
         except OSError as error:
             step = self.trainer.progress.step
             message = f"cannot save at step {step}: {error.strerror or error}; {self.last_good()}"
@@ -328,6 +411,7 @@ class Run:
                     f"{message}; free some space and run the same command"
                 ) from error
             logger.error("%s; going on", message)
+            return False
 
     def last_good(self) -> str:
         """Names the newest checkpoint."""
@@ -349,12 +433,19 @@ class Run:
         if newest is None:
             raise TrainingError(f"{message}; nothing to roll back to")
         logger.warning("%s; rolling back, passing over these batches", message)
-        failed, rollbacks = progress.position, progress.rollbacks + 1
         self.trainer.read(*newest)
-        self.trainer.progress.position = failed + 1
-        self.trainer.progress.rollbacks = rollbacks
-        self.metrics = Lines(self.metrics.path, self.trainer.progress.step)
-        self.evaluations = Lines(self.evaluations.path, self.trainer.progress.step)
+        back = self.trainer.progress
+        self.metrics = Lines(self.metrics.path, back.step)
+        self.evaluations = Lines(self.evaluations.path, back.evaluated)
+        self.trainer.progress = replace(
+            progress,
+            step=back.step,
+            position=progress.position + 1,
+            loss_sum=back.loss_sum,
+            loss_count=back.loss_count,
+            evaluated=back.evaluated,
+            rollbacks=progress.rollbacks + 1,
+        )
 
 
 class Clock:

@@ -64,8 +64,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     body = json.dumps(dict(header), sort_keys=True)
     metadata = {"format": "pt", KEY: body, "sha256": _digest(plain, body)}
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(plain, path, metadata=metadata)
+        path.chmod(mode)  # safetensors leaves the file to its owner alone
     except SafetensorError as error:  # its I/O errors come wrapped
         raise OSError(f"cannot write {path}: {error}") from error
     sync(path)
@@ -97,7 +100,7 @@ def _digest(tensors: Mapping[str, Tensor], body: str) -> str:
         value = tensors[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
 

@@ -1,0 +1,158 @@
+"""A run that was stopped ends with the same bits as one that was not."""
+
+import json
+import logging
+
+import pytest
+
+import patchword
+from patchword.specs import Interrupted
+from patchword.training.checkpoint import Checkpoints
+from patchword.training.loop import Run
+from patchword.weights.native import read_weights
+from patchword.workflows.training_run import Inputs
+
+KINDS = {
+    "adamw-float32": {"optimizer": "adamw"},
+    "adamw-bfloat16": {"optimizer": "adamw", "precision": "bfloat16"},
+    "sgd-float32": {"optimizer": "sgd", "lr": 0.1},
+    "sgd-bfloat16": {"optimizer": "sgd", "lr": 0.1, "precision": "bfloat16"},
+    "plain-sgd": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "average": 0.0},
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("crop", ["resize", "inception"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_after_every_step(tmp_path, train, stopped_at, state_of, kind, crop):
+    settings = KINDS[kind] | {"crop": crop}
+    train(tmp_path / "whole", **settings)
+    for step in range(1, 10):
+        with pytest.raises(stopped_at(step)):
+            train(tmp_path / "stopped", **settings)
+    train(tmp_path / "stopped", **settings)
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+
+
+def test_stopped_after_every_step_with_workers(tmp_path, train, stopped_at, state_of):
+    train(tmp_path / "whole", crop="inception", workers=0)
+    for step in range(1, 10):
+        with pytest.raises(stopped_at(step)):
+            train(tmp_path / "stopped", crop="inception", workers=2)
+    train(tmp_path / "stopped", crop="inception", workers=2)
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+
+
+def test_stopped_after_the_last_step(tmp_path, train, stopped_at, state_of):
+    """The evaluation comes after the last checkpoint then, which does not know of it."""
+    train(tmp_path / "whole")
+    with pytest.raises(stopped_at(10)):
+        train(tmp_path / "stopped")
+    train(tmp_path / "stopped")
+    whole, stopped = state_of(tmp_path / "whole"), state_of(tmp_path / "stopped")
+    assert stopped.pop("progress")["evaluated"] == 8
+    assert whole.pop("progress")["evaluated"] == 10
+    assert stopped == whole
+
+
+def test_lost_since_the_last_checkpoint(tmp_path, train, stopped_at, state_of):
+    """Killed after each step, before it is saved: goes back to the checkpoint before."""
+    train(tmp_path / "whole")
+    for step in range(1, 11):
+        with pytest.raises(stopped_at(step, Killed())):
+            train(tmp_path / "killed")
+    train(tmp_path / "killed")
+    assert state_of(tmp_path / "killed") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("after", ["write_folder", "link"])
+def test_killed_between_the_parts_of_a_save(tmp_path, train, state_of, monkeypatch, after):
+    """The last checkpoint is whole, but `last` does not point at it yet; or old ones remain."""
+    import patchword.training.checkpoint as module
+
+    real = getattr(module, after)
+    train(tmp_path / "whole")
+
+    def write_and_die(target, *args):
+        real(target, *args)
+        if target.name in ("step-00000010", "last") and (
+            module.damage(tmp_path / "killed/checkpoints/step-00000010") is None
+        ):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, after, write_and_die)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed")
+    train(tmp_path / "killed")
+    assert state_of(tmp_path / "killed") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_signal_cuts_an_evaluation_short(tmp_path, train, state_of, monkeypatch, step):
+    """The checkpoint does not wait for an evaluation; the resumed run makes up for it."""
+    train(tmp_path / "whole")
+    forwards = []
+    stoppable = Run.stoppable
+
+    def signalled(self, model):
+        forward = stoppable(self, model)
+
+        def first_then_signal(images):
+            forwards.append(self.trainer.progress.step)
+            self.signals.append(15)
+            return forward(images)
+
+        return first_then_signal if self.trainer.progress.step == step else forward
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stoppable", signalled)
+        with pytest.raises(Interrupted, match=f"after step {step}"):
+            train(tmp_path / "cut")
+        with pytest.raises(Interrupted, match=f"after step {step}"):
+            train(tmp_path / "cut")  # again, while it makes up for the evaluation
+    assert forwards == [step, step]
+    train(tmp_path / "cut")
+    assert state_of(tmp_path / "cut") == state_of(tmp_path / "whole")
+
+
+def test_best_holds_the_weights_that_measured_best(tmp_path, train):
+    """Raw or averaged, whichever the log says, and from the step that it says."""
+    run = tmp_path / "run"
+    train(run, steps=24, average=0.8, lr=0.01, mixup=0.0, log_every=20)
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: (line["top1"], -line["loss"]))
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_weights"]) == (best["step"], best["weights"])
+    measured = patchword.evaluate(run, "digits", split="val").classification
+    assert measured.top1 == best["top1"]
+    assert measured.loss == pytest.approx(best["loss"], abs=1e-6)
+
+
+def test_best_is_the_average_where_that_is_better(tmp_path, train, monkeypatch):
+    """Both are measured at the same step, the raw weights first and better than any before."""
+    results = iter([{"top1": k / 10, "loss": 1.0} for k in range(10)])
+    real = Inputs.evaluator
+    monkeypatch.setattr(
+        Inputs,
+        "evaluator",
+        lambda self, part: (lambda f: next(results)) if part == "val" else real(self, part),
+    )
+    train(tmp_path / "run")
+    _, best = read_weights(tmp_path / "run")
+    assert best.extra == {"step": 10, "weights": "average"}
+
+
+def test_what_was_saved_is_said(tmp_path, train, stopped_at, caplog):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(stopped_at(5)) as stop:
+        train(tmp_path / "run")
+    assert str(stop.value) == "stopped by SIGTERM after step 5"
+    assert stop.value.exit_code == 143
+    assert [p.name for p in Checkpoints(tmp_path / "run", 2).steps()] == [
+        "step-00000005",
+        "step-00000003",
+    ]

@@ -1,0 +1,152 @@
+"""What the same command, another one, or a second process does to a run directory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from patchword.specs import PatchwordError, UsageError
+from patchword.training.checkpoint import Checkpoints
+from patchword.workflows import runs
+
+
+def snapshot(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, train, command, shell):
+    run = tmp_path / "run"
+    train(run)
+    before = snapshot(run)
+    done = shell(command(run))
+    assert done.returncode == 0
+    assert f"{run} is finished; --overwrite trains it again" in done.stderr.replace("\n", "")
+    assert snapshot(run) == before
+
+
+def test_other_settings_are_refused_and_named(tmp_path, train, command, shell):
+    run = tmp_path / "run"
+    train(run)
+    before = snapshot(run)
+    done = shell(command(run, lr=0.5, batch_size=32))
+    assert done.returncode == 2
+    assert "batch_size, optim.lr" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert snapshot(run) == before
+
+
+def test_settings_that_change_no_weights_may_differ(tmp_path, train, stopped_at, state_of):
+    train(tmp_path / "whole")
+    run = tmp_path / "run"
+    with pytest.raises(stopped_at(5)):
+        train(run)
+    train(run, workers=1, keep=3, checkpoint_every=2, on_nan="rollback", on_save_error="continue")
+    assert state_of(run) == state_of(tmp_path / "whole")
+
+
+def test_overwrite_starts_again(tmp_path, train, state_of):
+    train(tmp_path / "run")
+    (tmp_path / "run/.hidden").write_text("of the user")
+    train(tmp_path / "run", overwrite=True, seed=1)
+    train(tmp_path / "other", seed=1)
+    assert state_of(tmp_path / "run") == state_of(tmp_path / "other")
+    assert (tmp_path / "run/.hidden").read_text() == "of the user"
+
+
+@pytest.mark.parametrize("survivors", range(1, 6))
+def test_a_clearing_that_was_killed_can_be_taken_up(tmp_path, train, monkeypatch, survivors):
+    """Wherever it was killed, the folder still counts as a run directory."""
+    run = tmp_path / "run"
+    train(run)
+    unlink = Path.unlink
+
+    def unlink_or_die(self, **options):
+        if len([path for path in run.iterdir() if path.name[0] != "."]) <= survivors:
+            raise KeyboardInterrupt
+        unlink(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, overwrite=True)
+    train(run, overwrite=True, seed=1)
+    assert json.loads((run / "config.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("files", [["photo.jpg"], ["config.json", "model.safetensors"]])
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path, train, overwrite, files):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    before = snapshot(tmp_path)
+    with pytest.raises(PatchwordError, match="is not a run directory; choose another --out"):
+        train(tmp_path, overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_was_stopped_before_it_was_stored_starts(tmp_path, train):
+    """With another seed, so that the division left behind must not be used."""
+    train(tmp_path / "other", seed=1)
+    run = tmp_path / "run"
+    train(run)
+    splits = (run / "splits.json").read_bytes()
+    runs.clear(run)
+    (run / "splits.json").write_bytes(splits)
+    (run / "splits.json.tmp").write_bytes(splits[:100])
+    (run / "classes.json").write_text("[]")
+    train(run, seed=1)
+    assert (run / "splits.json").read_bytes() == (tmp_path / "other/splits.json").read_bytes()
+
+
+def test_a_second_process_is_refused(tmp_path, train, command, shell):
+    run = tmp_path / "run"
+    with runs.locked(run):
+        done = shell(command(run))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        f"patchword: another process is training in {run}; stop it, or choose another --out"
+    ]
+    train(run)
+
+
+def test_time_is_turned_into_steps_once(tmp_path, train, stopped_at):
+    run = tmp_path / "run"
+    settings = {"steps": None, "time": "20s", "eval_every": None, "checkpoint_every": None}
+    with pytest.raises(stopped_at(1)):
+        train(run, **settings)
+    config = (run / "config.json").read_bytes()
+    assert json.loads(config)["steps"] > 2
+    with pytest.raises(UsageError, match="time"):
+        train(run, **settings | {"time": "30s"})
+    with pytest.raises(stopped_at(2)):
+        train(run, **settings)
+    assert (run / "config.json").read_bytes() == config
+
+
+def test_what_changed_since_the_start_is_said(tmp_path, train, stopped_at, caplog):
+    run = tmp_path / "run"
+    with pytest.raises(stopped_at(3)):
+        train(run)
+    path = run / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"torch": "1.0"}))
+    train(run)
+    assert any("torch 1.0 -> " in r.getMessage() for r in caplog.records)
+
+
+def test_weights_are_as_readable_as_other_files(tmp_path, train):
+    train(tmp_path / "run", steps=1, log_every=1)
+    folder = Checkpoints(tmp_path / "run", 2).steps()[0]
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_missing_data_source_leaves_nothing(tmp_path):
+    arguments = [sys.executable, "-m", "patchword.cli", "train", "nowhere", "--out", "run"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode in (1, 2)
+    assert not (tmp_path / "run").exists()
