@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from patchword.specs import (
+    LENGTHS,
     Device,
     Interrupted,
     PatchwordError,
@@ -28,20 +29,21 @@ from patchword.specs import (
     UsageError,
     nearest,
     parse,
+    to_dict,
     with_length,
 )
-from patchword.training.recipes import RECIPES, base_spec, find_recipe
+from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge
 
 T = TypeVar("T")
-err = Console(stderr=True)
-out = Console()
+err = Console(stderr=True, markup=False, emoji=False)  # names are shown as they are
+out = Console(markup=False, emoji=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments(TrainSpec):
     """Train a Vision Transformer, or with --init fine-tune one. The same command resumes."""
 
-    source: Positional[str]
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
     """a folder with a folder per class, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
     config: str | None = None
     """a config.json to start from, such as that of another run"""
@@ -57,9 +59,9 @@ class TrainArguments(TrainSpec):
 class EvaluateArguments:
     """Measure a model: accuracy, loss, calibration, recall and precision per class."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """a run directory or a .safetensors file"""
-    data: Positional[str]
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
     """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
     split: str | None = None
     """train, val, test or all; by default test, else val, else what the run held out, else all"""
@@ -78,9 +80,9 @@ class EvaluateArguments:
 class PredictArguments:
     """Classify images."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """a run directory or a .safetensors file"""
-    images: Positional[tuple[str, ...]]
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")]
     """files, folders, patterns, or - for a list on standard input"""
     top: int = 5
     """classes to give for each image"""
@@ -113,7 +115,7 @@ class DemoArguments:
 class ListArguments:
     """What there is to choose from."""
 
-    name: Positional[str | None] = None
+    name: Annotated[Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
     """one of them, in detail"""
     json: bool = False
     """print as JSON"""
@@ -138,24 +140,47 @@ def train(arguments: Sequence[str]) -> int:
 def _base_spec(arguments: Sequence[str]) -> TrainSpec:
     """The settings of --config or --recipe, which the flags are laid over."""
     given = {name: _option(arguments, name) for name in ("config", "recipe", "init")}
-    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if given["config"] is None:
-        base = base_spec(first or "", given["recipe"], given["init"])
+        base = base_spec(_source(arguments), given["recipe"], given["init"])
     else:
-        path = Path(given["config"])
-        try:
-            base = parse(TrainSpec, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UsageError(f"--config {path} cannot be read: {error}") from None
-        if base.steps is not None:  # the length that was found, not how it was asked for
-            base = dataclasses.replace(base, epochs=None, images=None, time=None)
+        base = _config_spec(Path(given["config"]), given["recipe"], given["init"])
     return dataclasses.replace(base, source=base.source or tyro.MISSING)
+
+
+def _source(arguments: Sequence[str]) -> str:
+    """The source, before the real parser is built: the first word, else `digits` if it is there;
+    others need not be told apart."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0]
+    values = ("--out", "--init", "--config")
+    pairs = zip(["", *arguments], arguments, strict=False)
+    found = any(word == "digits" and before not in values for before, word in pairs)
+    return "digits" if found else ""
+
+
+def _config_spec(path: Path, recipe: str | None, init: str | None) -> TrainSpec:
+    """The settings of a config file, laid over those of its recipe, or of `recipe`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} holds no JSON object; give a run's config.json")
+    for name in ("source", "recipe", "init"):
+        if not isinstance(values.get(name), str | None):
+            raise UsageError(f"--config {path}: {name} must be a string, not {values[name]!r}")
+    named, weights = recipe or values.get("recipe"), init or values.get("init")
+    base = base_spec(values.get("source") or "", named, weights)
+    length = next((name for name in LENGTHS if values.get(name) is not None), None)
+    if length is not None:  # with steps, the length that was found, not how it was asked for
+        values |= {name: None for name in LENGTHS if name != length}
+    return parse(TrainSpec, merge(to_dict(base), values))
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
     """The last value of --name, before the real parser is built."""
     found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         if word == f"--{name}":
             found = following
         elif word.startswith(f"--{name}="):
@@ -320,7 +345,7 @@ def recipes(arguments: Sequence[str]) -> int:
             "command": row.command,
         }
         for key, value in about.items():
-            out.print(f"[bold]{key:9}[/bold]{value}", highlight=False)
+            out.print(f"{key:9}{value}", highlight=False, soft_wrap=True)
         out.print_json(data=row.settings)
     else:
         table = Table("recipe", "what", "source")

@@ -43,7 +43,7 @@ class Evaluation:
 
 def evaluate(
     model: str | Path | ViT,
-    data: str,
+    data: str | Path,
     *,
     split: str | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -62,7 +62,7 @@ def evaluate(
     """
     run = None if isinstance(model, ViT) else run_of(Path(model))
     net, forward, where = _load(model, image_size, device, precision)
-    source = open_source(data)
+    source = open_source(str(data))
     name, why, indices = choose_part(source, run, split)
     if net.spec.in_channels != source.channels and source.channels not in (1, 3):
         raise PatchwordError(f"the model takes {net.spec.in_channels} channels")
@@ -88,7 +88,7 @@ def evaluate(
         loss=net.spec.probability,
         data_classes=source.classes,
     )
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False, emoji=False)
     with console.status("") as status:
         result = classify.measure(
             forward, lambda done: status.update(f"{done:,}/{len(indices):,} images of {name}")
@@ -107,6 +107,8 @@ def _load(
     """The model, the same as a function in the wanted precision, and where it runs."""
     where = resolve_device(device)
     if isinstance(model, ViT):
+        if image_size is not None:
+            raise UsageError("image_size is for weights to load; a model has its own")
         net = model.to(where).eval()
     else:
         net = load_model(model, image_size=image_size, device=where)

@@ -27,8 +27,10 @@ from patchword.models.vit import ViT
 from patchword.models.zoo import create_model, model_cost, model_spec
 from patchword.specs import (
     PatchwordError,
+    PreprocessSpec,
     TrainSpec,
     UsageError,
+    changed,
     differences,
     parse,
     to_dict,
@@ -111,6 +113,8 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
     What `asked` leaves open (None, "auto") is as stored. Raises `UsageError` naming the fields in
     which the two differ otherwise.
     """
+    if asked.init is not None:  # the weights say which model
+        asked = dataclasses.replace(asked, model=None)
     filled = _fill(asked, stored)
     changes = differences(filled, stored, free=False)
     if changes:
@@ -195,6 +199,9 @@ def build_model(spec: TrainSpec, source: Source) -> ViT:
             **options,
         )
         model.classes = source.classes
+        usual = to_dict(PreprocessSpec())
+        asked = {k: v for k, v in to_dict(spec.preprocess).items() if v != usual[k]}
+        model.preprocess = changed(model.preprocess, **asked)
     if spec.optim.loss == "sigmoid" and model.head is not None:
         torch.nn.init.constant_(model.head.bias, -math.log(count))
     return model

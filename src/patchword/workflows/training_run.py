@@ -153,7 +153,7 @@ def eval_batch_size(model: ViT) -> int:
 
 
 def train(
-    data: str | TrainSpec,
+    data: str | Path | TrainSpec,
     recipe: str | None = None,
     *,
     out: str | Path | None = None,
@@ -169,12 +169,13 @@ def train(
     `UsageError` on unknown settings and if a run in `out` has others, `PatchwordError` on data that
     cannot be used, `TrainingError` if the run had to stop, `Interrupted` after a signal.
     """
-    if isinstance(data, str):
-        base = base_spec(data, recipe, settings.get("init"))
-        spec = with_length(changed(base, **settings), base)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    if isinstance(data, TrainSpec):
+        spec = with_length(changed(data, **settings), data)
     else:
-        spec = changed(data, **settings)
-    console = console or Console(stderr=True)
+        base = base_spec(str(data), recipe, settings.get("init"))
+        spec = with_length(changed(base, **settings), base)
+    console = console or Console(stderr=True, markup=False, emoji=False)
     started = time.monotonic()
     source = open_source(spec.source)
     run = Path(out) if out is not None else runs.default_run(source, spec)

@@ -1,0 +1,264 @@
+"""The command line: help, lists, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from patchword import cli, list_models
+from patchword.cli import COMMANDS, main
+from patchword.specs import Interrupted
+from patchword.training.recipes import RECIPES
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line in this process: exit code, standard output, standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands(words: list[str], command: Command):
+    code, out, _ = command(*words)
+    assert code == 0
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, command: Command):
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    assert f"patchword {name}" in out
+    assert "--json" in out
+
+
+def test_binding_options_exist(command: Command):
+    """DESIGN section 4."""
+    _, out, _ = command("train", "--help")
+    names = """model init recipe config out seed steps epochs time batch-size lr image-size
+    eval-every checkpoint-every device precision workers"""
+    for name in names.split():
+        assert f"--{name} " in out, name
+    _, out, _ = command("evaluate", "--help")
+    assert "--split " in out
+
+
+def test_version(command: Command):
+    import patchword
+
+    assert command("--version") == (0, f"{patchword.__version__}\n", "")
+
+
+def one_line(err: str) -> str:
+    """The only line of an error message."""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean train"),
+        (["train", "digits", "--recipe", "cifar11"], "did you mean cifar10"),
+        (["train", "digits", "--model", "ViT-X/16"], "unknown model 'ViT-X/16'"),
+        (["train", "digits", "--model", "vit-ti/2"], "did you mean ViT-"),
+        (["train", "digits", "--image-size", "9"], "image height 9 is not a multiple"),
+        (["train", "digits", "--dropout", "1"], "dropout is 1.0"),
+        (["train", "digits", "--steps", "5", "--epochs", "2"], "both set the length"),
+        (["train", "digits", "--heads", "7"], "is not a multiple of heads 7"),
+        (["train", "--config", "nowhere.json"], "--config nowhere.json cannot be read"),
+        (["models", "ViT-Q/16"], "unknown model 'ViT-Q/16'"),
+        (["recipes", "jft"], "unknown recipe 'jft'; did you mean jft-"),
+        (["predict", "x", "y", "--top", "0"], "--top must be 1 or more"),
+        (["predict", "x"], "no images given"),
+        (["evaluate", "x", "y", "--image-size", "1", "2", "3"], "one or two numbers"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(
+    words: list[str],
+    message: str,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    line = one_line(err)
+    assert line.startswith("patchword: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "digits", "--lr", "fast"], "fast"),
+        (["train", "digits", "--no-such-flag", "1"], "--no-such-flag"),
+        (["train"], "DATA a folder"),
+        (["train", "--steps", "3"], "DATA a folder"),
+        (["evaluate"], "MODEL a run directory"),
+        (["train", "digits", "--device", "tpu"], "tpu"),
+        (["doctor", "extra"], "extra"),
+        (["train", "digits", "--recipe"], "--recipe"),
+        (["train", "digits", "--lr", "-1"], "lr is -1.0"),
+        (["train", "digits", "--batch-size", "0"], "batch_size is 0"),
+        (["train", "digits", "--time", "soon"], "'soon' is no time"),
+        (["train", "digits", "--accumulate", "3"], "not a multiple of accumulate 3"),
+    ],
+)
+def test_the_parser_says_what_it_does_not_understand(
+    words: list[str], message: str, command: Command
+):
+    """In a box of its own."""
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "no/such/folder"], "no data at 'no/such/folder'"),
+        (["evaluate", "no-model", "digits"], "no such file or run directory: no-model"),
+        (["predict", "no-model", "x.png"], "no such file or run directory: no-model"),
+        (["train", "digits", "--init", "gone"], "no such file or run directory: gone"),
+    ],
+)
+def test_other_errors_are_one_line_and_exit_1(
+    words: list[str],
+    message: str,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*words)
+    assert code == 1
+    assert message in one_line(err.replace("data digits", "\n"))
+
+
+def test_configs_that_cannot_be_read(command: Command, tmp_path: Path):
+    path = tmp_path / "c.json"
+    for text, message in (
+        ("{", "cannot be read"),
+        ("[]", "holds no JSON object"),
+        ('{"source": "digits", "sed": 1}', "unknown key 'sed'; did you mean seed"),
+        ('{"source": "digits", "optim": 3}', "optim must be an object"),
+        ('{"source": 3}', "source must be a string"),
+        ('{"recipe": "nope"}', "unknown recipe 'nope'"),
+        ('{"recipe": 3}', "recipe must be a string"),
+    ):
+        path.write_text(text)
+        code, _, err = command("train", "--config", path)
+        assert code == 2, err
+        assert message in one_line(err)
+    path.write_bytes(b"\xff\xfe\x00")
+    code, _, err = command("train", "--config", path)
+    assert code == 2
+    assert "cannot be read" in one_line(err)
+
+
+def test_models(command: Command):
+    code, out, _ = command("models", "ViT-Ti/16", "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    assert row["name"] == "ViT-Ti/16"
+    assert row["parameters"] == 5_717_416
+    assert row["gmacs"] == pytest.approx(1.25, abs=0.01)
+    code, out, _ = command("models", "--json")
+    assert [row["name"] for row in json.loads(out)] == list_models()
+    code, out, _ = command("models", "ViT-B/16")
+    assert "86,567,656" in out
+
+
+def test_recipes(command: Command):
+    code, out, _ = command("recipes", "--json")
+    assert code == 0
+    assert [row["name"] for row in json.loads(out)] == list(RECIPES)
+    code, out, _ = command("recipes", "jft-l16-7")
+    assert code == 0
+    assert "783 exaFLOPs" in out
+    assert "table 3" in out
+    assert "--recipe jft-l16-7" in out
+    code, out, _ = command("recipes", "cifar10", "--json")
+    (row,) = json.loads(out)
+    assert {"name", "source", "expected", "settings", "command"} <= row.keys()
+    code, out, _ = command("recipes")
+    assert "digits" in out
+
+
+def test_doctor(command: Command):
+    code, out, _ = command("doctor", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["device"] in ("cpu", "cuda", "mps")
+    assert found["training precision"] in ("float32", "bfloat16")
+    assert found["threads"] >= 1
+    assert found["versions"]["torch"]
+    for name, state in found["extras"].items():
+        assert state == "installed" or f"pip install -c constraints.txt -e '.[{name}]'" in state
+    code, out, _ = command("doctor")
+    assert code == 0
+    assert "free disk here" in out
+
+
+def test_unexpected_errors_are_one_line_unless_debugged(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(_: object) -> int:
+        raise KeyError("secret [b]")
+
+    monkeypatch.setitem(COMMANDS, "doctor", broken)
+    code, _, err = command("doctor")
+    assert code == 1
+    assert "unexpected KeyError: 'secret [b]'; --debug shows where" in one_line(err)
+    with pytest.raises(KeyError):
+        cli.main(["doctor", "--debug"])
+
+
+def test_signals_have_their_exit_codes(command: Command, monkeypatch: pytest.MonkeyPatch):
+    for error, code in (
+        (Interrupted("stopped by SIGTERM after step 3", 15), 143),
+        (Interrupted("stopped by SIGINT after step 3", 2), 130),
+        (KeyboardInterrupt(), 130),
+    ):
+
+        def stopped(_: object, error: BaseException = error) -> int:
+            raise error
+
+        monkeypatch.setitem(COMMANDS, "doctor", stopped)
+        assert command("doctor")[0] == code
+
+
+def test_installed_command():
+    """As a user runs it, in a process of its own: results on stdout, errors on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "patchword.cli", "recipes", "nothing"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "unknown recipe 'nothing'" in one_line(done.stderr)
