@@ -80,7 +80,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def flags() -> list[str]:
     """A run of seconds that learns the colours."""
-    return FLAGS.split()
+    return [*FLAGS.split()]
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,12 @@ def test_predict_json(finished: Path, photos: Path, as_json: AsJson):
 def test_predict_agrees_with_the_model(finished: Path, photos: Path):
     """Top-k, batch sizes and workers change nothing in the first figures."""
     wanted = patchword.predict(finished, photos / "blue", workers=0)
-    for options in ({"batch_size": 1, "workers": 0}, {"batch_size": 5, "workers": 2}, {"top": 1}):
+    changes: list[dict[str, Any]] = [
+        {"batch_size": 1, "workers": 0},
+        {"batch_size": 5, "workers": 2},
+        {"top": 1},
+    ]
+    for options in changes:
         found = patchword.predict(finished, photos / "blue", **options)
         assert [p.path for p in found] == [p.path for p in wanted]
         assert [p.label for p in found] == [p.label for p in wanted]
