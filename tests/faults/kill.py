@@ -23,7 +23,7 @@ from typing import Any
 
 from patchword.weights.native import load_tensors
 
-STEPS = 40
+STEPS = 30
 TIMES = {"time", "seconds", "images_per_s", "data_wait"}
 """what may differ between runs that are the same"""
 
@@ -57,7 +57,7 @@ def command(run: Path, workers: int) -> list[str]:
         "width": 32,
         "steps": STEPS,
         "batch-size": 16,
-        "eval-every": 7,
+        "eval-every": 10,
         "checkpoint-every": 1,
         "log-every": 3,
         "dropout": 0.1,

@@ -6,14 +6,12 @@ import json
 import logging
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +22,7 @@ from patchword.models.vit import ViT
 from patchword.specs import Interrupted, PatchwordError, TrainSpec
 from patchword.training.averaging import Average
 from patchword.training.checkpoint import Checkpoints, damage, write_text
+from patchword.training.clock import Clock
 from patchword.training.log import Lines, LiveLine, duration
 from patchword.training.objectives import classification_loss
 from patchword.training.optim import (
@@ -33,6 +32,7 @@ from patchword.training.optim import (
     optimizer_state,
 )
 from patchword.training.parallel import Working
+from patchword.training.signals import watch_signals
 from patchword.types import Batch, Evaluator, Forward
 from patchword.weights.native import load_tensors, save_tensors, write_model
 
@@ -148,38 +148,6 @@ class Trainer:
         load_optimizer_state(self.model, self.optimizer, tensors)
         self.working.refresh()
         self.progress = Progress(**state)
-
-
-@contextmanager
-def watch_signals(received: list[int]) -> Iterator[None]:
-    """Note SIGTERM or SIGINT in `received` instead of dying of it; outside the main thread, where
-    Python allows no handlers, do nothing.
-
-    A second signal stops at once, unless it comes within a second of the first: timeout(1) and
-    others send to a process and then to its group.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    patience = 0.0
-
-    def note(signum: int, _: FrameType | None) -> None:
-        nonlocal patience
-        if not received:
-            patience = time.monotonic() + 1
-            received.append(signum)
-            with suppress(RuntimeError):  # the signal came while the log was being written
-                name = signal.Signals(signum).name
-                logger.warning("%s: finishing this step, then saving", name)
-        elif time.monotonic() > patience:
-            raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 class _CutShort(Exception):
@@ -446,58 +414,6 @@ class Run:
             evaluated=back.evaluated,
             rollbacks=progress.rollbacks + 1,
         )
-
-
-class Clock:
-    """Times the steps of a run, evaluations and checkpoints left out."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._mark = time.monotonic()
-        self._pace = 0.0
-        self.restart_window()
-
-    def restart_window(self) -> None:
-        """Begin the means that the next log line reports."""
-        self._seconds = self._waited = 0.0
-        self._images = 0
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, the time spent waiting for each noted."""
-        while True:
-            started = time.monotonic()
-            batch = next(batches, None)
-            self._waited += time.monotonic() - started
-            if batch is None:
-                return
-            yield batch
-
-    def count(self, images: int) -> None:
-        """A step is done."""
-        now = time.monotonic()
-        taken, self._mark = now - self._mark, now
-        self._progress.seconds += taken
-        self._seconds += taken
-        self._images += images
-        self._pace = 0.9 * self._pace + 0.1 * taken if self._pace else taken
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that does not count."""
-        yield
-        self._mark = time.monotonic()
-
-    def seconds_per_step(self) -> float:
-        """A moving mean over some ten steps."""
-        return self._pace
-
-    def images_per_second(self) -> float:
-        """Mean over the window."""
-        return self._images / self._seconds if self._seconds else 0.0
-
-    def wait_share(self) -> float:
-        """Share of the window spent waiting for data."""
-        return min(1.0, self._waited / self._seconds) if self._seconds else 0.0
 
 
 def _given(value: int | None) -> int:
