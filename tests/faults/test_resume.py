@@ -9,7 +9,7 @@ import patchword
 from patchword.specs import Interrupted
 from patchword.training.checkpoint import Checkpoints
 from patchword.training.loop import Run
-from patchword.weights.native import read_weights
+from patchword.weights.native import find_weights, load_tensors
 from patchword.workflows.training_run import Inputs
 
 KINDS = {
@@ -142,8 +142,8 @@ def test_best_is_the_average_where_that_is_better(tmp_path, train, monkeypatch):
         lambda self, part: (lambda f: next(results)) if part == "val" else real(self, part),
     )
     train(tmp_path / "run")
-    _, best = read_weights(tmp_path / "run")
-    assert best.extra == {"step": 10, "weights": "average"}
+    _, header = load_tensors(find_weights(tmp_path / "run"))
+    assert header["extra"] == {"step": 10, "weights": "average"}
 
 
 def test_what_was_saved_is_said(tmp_path, train, stopped_at, caplog):
