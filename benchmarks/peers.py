@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
-from patchword.specs import PatchwordError, ViTSpec, nearest, to_dict
+from patchword.parsing import PatchwordError, nearest, to_dict
+from patchword.specs import ViTSpec
 from timing import Options
 
 # Parameter names of patchword to those of a library: regular expressions, applied in order.

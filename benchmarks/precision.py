@@ -20,7 +20,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from patchword.data.sources import open_source
-from patchword.specs import changed
+from patchword.parsing import changed
 from patchword.training.loop import Trainer
 from patchword.training.recipes import base_spec
 from patchword.workflows import runs
@@ -56,7 +56,7 @@ def losses(options: Options, seed: int, precision: str, console: Console) -> np.
         steps=options.steps,
     )
     division = runs.open_division(Path("no-run"), source, spec)
-    spec = runs.resolve(spec, source, division)
+    spec = runs.resolve(spec, division)
     model = runs.build_model(spec, source)
     device = torch.device(spec.device)
     inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)

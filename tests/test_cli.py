@@ -12,7 +12,7 @@ import pytest
 
 from patchword import cli, list_models
 from patchword.cli import COMMANDS, main
-from patchword.specs import Interrupted
+from patchword.parsing import Interrupted
 from patchword.training.recipes import RECIPES
 
 Command = Callable[..., tuple[int, str, str]]
@@ -202,7 +202,7 @@ def test_recipes(command: Command):
     assert "--recipe jft-l16-7" in out
     code, out, _ = command("recipes", "cifar10", "--json")
     (row,) = json.loads(out)
-    assert {"name", "source", "expected", "settings", "command"} <= row.keys()
+    assert {"name", "source", "expected", "settings", "command", "cost"} <= row.keys()
     code, out, _ = command("recipes")
     assert "digits" in out
 
@@ -212,7 +212,7 @@ def test_doctor(command: Command):
     assert code == 0
     found = json.loads(out)
     assert found["device"] in ("cpu", "cuda", "mps")
-    assert found["training precision"] in ("float32", "bfloat16")
+    assert found["training_precision"] in ("float32", "bfloat16")
     assert found["threads"] >= 1
     assert found["versions"]["torch"]
     for name, state in found["extras"].items():

@@ -22,8 +22,9 @@ from patchword import facts
 from patchword.card import markdown, write_model_card
 from patchword.evaluation.classify import Classification, Classify
 from patchword.inspection.figures import Series, draw_curves
+from patchword.parsing import PatchwordError, to_dict
 from patchword.report import Mistake, write_report
-from patchword.specs import OptimSpec, PatchwordError, TrainSpec, to_dict
+from patchword.specs import OptimSpec, TrainSpec
 from patchword.types import Batch
 
 NASTY = [

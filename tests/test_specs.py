@@ -15,22 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchword
+from patchword.parsing import (
+    PatchwordError,
+    UsageError,
+    changed,
+    differences,
+    nearest,
+    parse,
+    to_dict,
+)
 from patchword.specs import (
     AugmentSpec,
     DataSpec,
     ModelOptions,
     OptimSpec,
-    PatchwordError,
+    PreprocessOptions,
     PreprocessSpec,
     TrainSpec,
-    UsageError,
     ViTSpec,
-    changed,
-    differences,
-    nearest,
-    parse,
     seconds,
-    to_dict,
     with_length,
 )
 
@@ -78,7 +81,7 @@ def trainings(draw: st.DrawFn) -> TrainSpec:
     return TrainSpec(
         source=draw(st.text()),
         recipe=draw(st.none() | st.text()),
-        image_size=tuple(draw(st.lists(positive, min_size=1, max_size=2))),
+        image_size=draw(st.none() | st.lists(positive, min_size=1, max_size=2).map(tuple)),
         steps=draw(st.none() | positive),
         epochs=draw(st.none() | st.floats(0.1, 1000)),
         time=draw(st.none() | st.sampled_from(["30m", "2h", "90s"])),
@@ -89,7 +92,7 @@ def trainings(draw: st.DrawFn) -> TrainSpec:
         options=ModelOptions(
             depth=draw(st.none() | positive), pool=draw(st.sampled_from([None, "gap"]))
         ),
-        preprocess=PreprocessSpec(mean=(0.1, 0.2), std=(0.3, draw(st.floats(0.01, 2)))),
+        preprocess=PreprocessOptions(mean=(0.1, 0.2), crop_fraction=draw(st.none() | shares)),
         data=DataSpec(val_fraction=draw(st.floats(0, 0.4))),
         augment=AugmentSpec(flip=draw(st.booleans()), mixup=draw(rates)),
         optim=OptimSpec(lr=draw(rates), accumulate=accumulate, beta2=draw(shares)),

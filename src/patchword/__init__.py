@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from patchword.models.position import resample_position_embedding
     from patchword.models.vit import ViT
     from patchword.models.zoo import create_model, list_models
-    from patchword.specs import PatchwordError, TrainSpec, UsageError, ViTSpec
+    from patchword.parsing import PatchwordError, UsageError
+    from patchword.specs import TrainSpec, ViTSpec
     from patchword.weights.native import load_model, save_model
     from patchword.workflows.measuring import Evaluation, Prediction, evaluate, predict
     from patchword.workflows.training_run import TrainResult, train
@@ -24,8 +25,8 @@ _HOMES = {
     "ViT": "models.vit",
     "ViTSpec": "specs",
     "TrainSpec": "specs",
-    "PatchwordError": "specs",
-    "UsageError": "specs",
+    "PatchwordError": "parsing",
+    "UsageError": "parsing",
     "load_model": "weights.native",
     "save_model": "weights.native",
     "train": "workflows.training_run",

@@ -183,7 +183,7 @@ def _use(run: RunFacts) -> str:
         "In Python:\n\n"
         f"```python\nimport patchword\n\n"
         f'for answer in patchword.predict({literal}, ["photo.jpg"]):\n'
-        f'    print(answer.path, answer.label, answer.probability)\n```\n\n'
+        f"    print(answer.path, answer.label, answer.probability)\n```\n\n"
         "On the command line:\n\n"
         f"```sh\npatchword predict {_code(shlex.quote(folder))} photo.jpg\n"
         f"patchword evaluate {_code(shlex.quote(folder))} {_code(shlex.quote(source))}\n```"

@@ -19,19 +19,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from tyro.conf import Positional
 
-from patchword.specs import (
-    LENGTHS,
-    Device,
-    Interrupted,
-    PatchwordError,
-    Precision,
-    TrainSpec,
-    UsageError,
-    nearest,
-    parse,
-    to_dict,
-    with_length,
-)
+from patchword.parsing import Interrupted, PatchwordError, UsageError, nearest, parse, to_dict
+from patchword.specs import LENGTHS, Device, Precision, TrainSpec, with_length
 from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge
 
 T = TypeVar("T")
@@ -191,17 +180,23 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
 def _show_run(run: Path, summary: dict[str, Any], as_json: bool) -> int:
     if as_json:
         out.print_json(data={"run": str(run)} | summary)
-    else:
-        report = run / "report.html"
-        if report.exists():
-            out.print(f"report  {report}", highlight=False, soft_wrap=True)
-        out.print(f"weights {run}", highlight=False, soft_wrap=True)
+        return 0
+    lines = {
+        "result": f"top-1 {100 * summary['top1']:.2f} %, top-5 {100 * summary['top5']:.2f} %, "
+        f"calibration error {100 * summary['ece']:.2f} % on {summary['n']:,} {summary['split']} "
+        "images",
+        "weights": f"{run} ({summary['best_weights']} weights of step {summary['best_step']:,})",
+        "report": str(run / "report.html"),
+    }
+    for name, value in lines.items():
+        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
     return 0
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Accuracy, loss, calibration, and per class."""
     args = _parse(EvaluateArguments, arguments, "evaluate")
+    _check_loading(args)
     from patchword.workflows.measuring import evaluate as measure
 
     values: dict[str, Any] = vars(args) | {"image_size": _size(args.image_size)}
@@ -238,14 +233,22 @@ def _percent(share: float | None) -> str:
 def _size(values: tuple[int, ...] | None) -> tuple[int, int] | None:
     if values is None:
         return None
-    if len(values) not in (1, 2):
-        raise UsageError("--image-size takes one or two numbers")
+    if len(values) not in (1, 2) or min(values) < 1:
+        raise UsageError("--image-size takes one or two numbers above 0")
     return values[0], values[-1]
+
+
+def _check_loading(args: EvaluateArguments | PredictArguments) -> None:
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"--batch-size is {args.batch_size}; use 1 or more")
+    if args.workers is not None and args.workers < 0:
+        raise UsageError(f"--workers is {args.workers}; use 0 or more")
 
 
 def predict(arguments: Sequence[str]) -> int:
     """Classify files, folders, patterns, or a list on standard input."""
     args = _parse(PredictArguments, arguments, "predict")
+    _check_loading(args)
     if args.top < 1:
         raise UsageError("--top must be 1 or more")
     if not args.images:
@@ -331,11 +334,13 @@ def recipes(arguments: Sequence[str]) -> int:
     """The recipes, with source and expected result."""
     args = _parse(ListArguments, arguments, "recipes")
     rows = [find_recipe(args.name)] if args.name else list(RECIPES.values())
-    if args.json:
-        out.print_json(data=[vars(row) | {"command": row.command} for row in rows])
-    elif args.name:
-        from patchword.workflows.runs import recipe_cost
+    from patchword.workflows.runs import recipe_cost
 
+    if args.json:
+        out.print_json(
+            data=[vars(row) | {"command": row.command, "cost": recipe_cost(row)} for row in rows]
+        )
+    elif args.name:
         row = rows[0]
         about = {
             "title": row.title,
@@ -368,7 +373,9 @@ def doctor(arguments: Sequence[str]) -> int:
     for key, value in found.items():
         if isinstance(value, dict):
             value = "\n".join(f"{name}: {state}" for name, state in value.items())
-        table.add_row(key, str(value))
+        elif isinstance(value, list):
+            value = "\n".join(f"{row['name']}, {row['memory_gib']} GiB" for row in value)
+        table.add_row(key.replace("_gib", " (GiB)").replace("_", " "), str(value or "none"))
     out.print(table)
     return 0
 
@@ -426,28 +433,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}")
         return COMMANDS[arguments[0]](arguments[1:])
-    except (PatchwordError, OSError) as error:
-        if debug:
-            raise
-        err.print(f"patchword: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2 if isinstance(error, UsageError) else 1
     except Interrupted as stop:
         err.print(f"{stop}; run the same command to go on", highlight=False, soft_wrap=True)
         return stop.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read our output has gone; nothing is left to flush
+        return 1
     except Exception as error:
         if debug:
             raise
-        kind = type(error).__name__
-        err.print(
-            f"patchword: unexpected {kind}: {error}; --debug shows where, please report it",
-            style="red",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        return 1
+        message = " ".join(str(error).split())
+        if not isinstance(error, PatchwordError | OSError):
+            kind = type(error).__name__
+            message = f"unexpected {kind}: {message}; --debug shows where, please report it"
+        err.print(f"patchword: {message}", style="red", highlight=False, soft_wrap=True)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from patchword.evaluation.classify import Classification
-from patchword.specs import PatchwordError, TrainSpec, to_dict
+from patchword.parsing import PatchwordError, to_dict
+from patchword.specs import TrainSpec
 
 _PARTS = {"test": "test", "val": "validation", "train": "training"}
 

@@ -1,52 +1,16 @@
-"""Everything that can be configured, as frozen keyword-only dataclasses with strict parsing.
+"""Everything that can be configured, as frozen keyword-only dataclasses.
 
 Standard library only, so that the command line can build its help without importing torch.
-`parse` turns a JSON value into a spec and rejects unknown keys and wrong types; `to_dict` is its
-inverse; `differences` names the fields in which two specs differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-T = TypeVar("T")
-
-
-class PatchwordError(ValueError):
-    """An error the user can act on. Its message is one line: the cause, and the next step."""
-
-
-class UsageError(PatchwordError):
-    """The user asked for something that does not exist or does not fit; exit code 2."""
-
-
-class Interrupted(Exception):
-    """A signal ended the run, after a step and a checkpoint."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
-def nearest(name: str, options: Iterable[str], count: int = 3) -> str:
-    """`"; did you mean A, B?"` for the closest `options` to `name`, or the first few of them."""
-    options = list(options)
-    folded: dict[str, list[str]] = {}
-    for option in options:
-        folded.setdefault(option.casefold(), []).append(option)
-    close = difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=0.5)
-    if close:
-        found = [option for key in close for option in folded[key]]
-        return "; did you mean " + ", ".join(found[:count]) + "?"
-    return "; valid: " + ", ".join(options[:12]) + (", ..." if len(options) > 12 else "")
+from patchword.parsing import UsageError
 
 
 def _require(condition: bool, message: str) -> None:
@@ -59,6 +23,7 @@ Head = Literal["linear", "mlp"]
 Position = Literal["learned", "sincos2d", "none"]
 Interpolation = Literal["bilinear", "bicubic"]
 Loss = Literal["softmax", "sigmoid"]
+Resize = Literal["short", "stretch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +112,7 @@ class PreprocessSpec:
     """per channel, of pixel values in [0, 1]"""
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: Interpolation = "bicubic"
-    resize: Literal["short", "stretch"] = "short"
+    resize: Resize = "short"
     """`short`: the short side to image size / crop_fraction, then a centre crop.
     `stretch`: straight to the image size, ignoring the aspect ratio."""
     crop_fraction: float = 0.875
@@ -163,6 +128,30 @@ class PreprocessSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """Changes to the preprocessing; None leaves that of the weights, or `PreprocessSpec`'s."""
+
+    mean: tuple[float, ...] | None = None
+    """per channel, of pixel values in [0, 1]"""
+    std: tuple[float, ...] | None = None
+    interpolation: Interpolation | None = None
+    resize: Resize | None = None
+    """`short`: the short side to image size / crop_fraction, then a centre crop;
+    `stretch`: straight to the image size"""
+    crop_fraction: float | None = None
+
+    def over(self, base: PreprocessSpec) -> PreprocessSpec:
+        """`base` with the values that are set."""
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        return dataclasses.replace(base, **given)
+
+
+def _free(default: Any) -> Any:
+    """A field that a resumed run may change: an undisturbed run computes the same with any."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Where the images come from and how they are divided."""
 
@@ -171,7 +160,7 @@ class DataSpec:
     test_fraction: float = 0.1
     """held out for the final figure, where the data has no split at all"""
     on_bad_image: Literal["skip", "fail"] = "skip"
-    cache: Literal["auto", "on", "off"] = "auto"
+    cache: Literal["auto", "on", "off"] = _free("auto")
     """keep decoded images in memory when the per-image transform is not random"""
 
     def __post_init__(self) -> None:
@@ -301,11 +290,6 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def _free(default: Any) -> Any:
-    """A field that does not change the weights a run computes, so a resumed run may change it."""
-    return field(default=default, metadata={"free": True})
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
     """One training run. None and "auto" are resolved once, when the run starts, and stored."""
@@ -318,8 +302,8 @@ class TrainSpec:
     """variant, such as ViT-S/16; by default that of --init, else of the recipe"""
     init: str | None = None
     """weights to start from: a .safetensors file, or a run directory"""
-    image_size: tuple[int, ...] = (224,)
-    """one side, or height and width, in pixels"""
+    image_size: tuple[int, ...] | None = None
+    """one side, or height and width, in pixels; by default that of --init, else 224"""
     steps: int | None = None
     epochs: float | None = None
     images: int | None = None
@@ -346,14 +330,15 @@ class TrainSpec:
     on_save_error: Literal["stop", "continue"] = _free("stop")
     tensorboard: bool = _free(False)
     options: ModelOptions = ModelOptions()
-    preprocess: PreprocessSpec = PreprocessSpec()
+    preprocess: PreprocessOptions = PreprocessOptions()
     data: DataSpec = DataSpec()
     augment: AugmentSpec = AugmentSpec()
     optim: OptimSpec = OptimSpec()
 
     def __post_init__(self) -> None:
-        _require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
-        _require(min(self.image_size) >= 1, f"image_size is {self.image_size}; use 1 or more")
+        if self.image_size is not None:
+            _require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
+            _require(min(self.image_size) >= 1, f"image_size is {self.image_size}; use 1 or more")
         for name in ("steps", "epochs", "images", "eval_every", "checkpoint_every", "log_every"):
             value = getattr(self, name)
             _require(
@@ -372,7 +357,8 @@ class TrainSpec:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return (self.image_size[0], self.image_size[-1])
+        size = self.image_size or (224,)
+        return (size[0], size[-1])
 
 
 def seconds(duration: str) -> float:
@@ -385,92 +371,6 @@ def seconds(duration: str) -> float:
         value = math.nan
     _require(value > 0 and math.isfinite(value), f"{duration!r} is no time; write 90s, 30m or 2h")
     return value
-
-
-# Parsing ---------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def parse(cls: type[T], data: Any, where: str = "") -> T:
-    """A `cls` from parsed JSON. Raises `UsageError` on unknown or missing keys and on values of
-    the wrong type, naming the key."""
-    if not isinstance(data, Mapping):
-        raise UsageError(f"{where or cls.__name__} must be an object, not {data!r:.40}")
-    hints = _hints(cls)
-    known = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    values: dict[str, Any] = {}
-    for key, value in typing.cast(Mapping[str, Any], data).items():
-        path = f"{where}.{key}" if where else key
-        if key not in known:
-            raise UsageError(f"unknown key {path!r}{nearest(key, known)}")
-        values[key] = _value(hints[key], value, path)
-    for name, spec_field in known.items():
-        required = spec_field.default is spec_field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise UsageError(f"missing key {where + '.' if where else ''}{name}")
-    return cls(**values)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return parse(typing.cast(Any, hint), value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        rest = [argument for argument in arguments if argument is not type(None)]
-        return _value(rest[0], value, where)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is Literal and isinstance(value, str):
-        raise UsageError(f"{where} is {value!r}{nearest(value, map(str, arguments))}")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        items = list(typing.cast("Iterable[Any]", value))
-        kinds = [arguments[0]] * len(items) if arguments[-1] is ... else list(arguments)
-        if len(kinds) == len(items):
-            return tuple(
-                _value(kind, item, f"{where}[{i}]")
-                for i, (kind, item) in enumerate(zip(kinds, items, strict=True))
-            )
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif hint in (int, str, bool) and type(value) is hint:
-        return value
-    name = getattr(hint, "__name__", None) if origin is None else str(hint)
-    raise UsageError(f"{where} must be {name}, not {value!r:.40}")
-
-
-def to_dict(spec: Any) -> dict[str, Any]:
-    """The JSON form of a spec; `parse(type(spec), to_dict(spec)) == spec`."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple):
-            return [plain(item) for item in typing.cast("tuple[Any, ...]", value)]
-        return value
-
-    return plain(spec)
-
-
-def changed(spec: T, **changes: Any) -> T:
-    """`spec` with some fields changed, found by name in it or in its groups:
-    `changed(spec, lr=0.01, steps=100)`. Raises `UsageError` on unknown names and bad values."""
-    values = to_dict(spec)
-    places: dict[str, dict[str, Any]] = dict.fromkeys(values, values)
-    for group in list(values.values()):
-        if isinstance(group, dict):
-            group = typing.cast("dict[str, Any]", group)
-            places |= dict.fromkeys(group, group)
-    for name, value in changes.items():
-        if name not in places:
-            raise UsageError(f"unknown setting {name!r}{nearest(name, places)}")
-        places[name][name] = value
-    return parse(type(spec), values)
 
 
 LENGTHS = ("steps", "epochs", "images", "time")
@@ -486,18 +386,3 @@ def with_length(spec: TrainSpec, base: TrainSpec) -> TrainSpec:
     if given:
         spec = dataclasses.replace(spec, **{n: None for n in LENGTHS if n != given[0]})
     return spec
-
-
-def differences(ours: Any, theirs: Any, *, free: bool = True, prefix: str = "") -> list[str]:
-    """Dotted names of the fields that differ. With `free=False`, fields that cannot change the
-    result of a run are left out."""
-    found: list[str] = []
-    for f in dataclasses.fields(ours):
-        a, b = getattr(ours, f.name), getattr(theirs, f.name)
-        if not free and f.metadata.get("free"):
-            continue
-        if dataclasses.is_dataclass(a) and type(a) is type(b):
-            found += differences(a, b, free=free, prefix=f"{prefix}{f.name}.")
-        elif a != b:
-            found.append(prefix + f.name)
-    return found

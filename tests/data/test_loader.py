@@ -24,7 +24,8 @@ from patchword.data.loader import (
 )
 from patchword.data.sources import open_source
 from patchword.data.transforms import EvalTransform, TrainTransform
-from patchword.specs import AugmentSpec, PatchwordError, PreprocessSpec
+from patchword.parsing import PatchwordError
+from patchword.specs import AugmentSpec, PreprocessSpec
 
 SIZE = (8, 8)
 RANDOM = TrainTransform(SIZE, 3, PreprocessSpec(), AugmentSpec(randaugment_layers=1))
@@ -314,7 +315,7 @@ import numpy as np
 from patchword.data.loader import Plan, train_batches
 from patchword.data.sources import open_source
 from patchword.data.transforms import TrainTransform
-from patchword.specs import AugmentSpec, PreprocessSpec
+from patchword.specs import (AugmentSpec, PreprocessSpec)
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))

@@ -9,7 +9,7 @@ import pytest
 from patchword.data import parquet, sources
 from patchword.data.images import BadImage, decode
 from patchword.data.sources import open_source
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 
 
 def test_digits():

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from patchword.data.sources import open_source
 from patchword.data.splits import divide, load_division, save_division
-from patchword.specs import DataSpec, PatchwordError
+from patchword.parsing import PatchwordError
+from patchword.specs import DataSpec
 
 # The fixtures used below hold no state, so one serves all examples.
 law = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

@@ -17,7 +17,8 @@ from patchword.data.transforms import (
     inception_box,
     to_input,
 )
-from patchword.specs import AugmentSpec, PatchwordError, PreprocessSpec, parse
+from patchword.parsing import PatchwordError, parse
+from patchword.specs import AugmentSpec, PreprocessSpec
 
 
 def generator(seed=0):

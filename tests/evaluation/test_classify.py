@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from patchword.evaluation.classify import Classify, match_classes, unique_names
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 from patchword.types import Batch
 
 UNDEFINED: Any = np.nan

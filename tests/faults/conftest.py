@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import patchword
-from patchword.specs import Interrupted
+from patchword.parsing import Interrupted
 from patchword.training.loop import Run
 
 SETTINGS = {

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 from patchword.training.checkpoint import damage
 from patchword.weights.native import load_model
 
@@ -41,7 +41,7 @@ FAULTS = {"flip": flip, "truncate": truncate, "remove": remove}
 def runs(tmp_path_factory):
     """A finished run, and one stopped after step 7 with the checkpoints of 6 and 7."""
     import patchword
-    from patchword.specs import Interrupted
+    from patchword.parsing import Interrupted
     from patchword.training.loop import Run
 
     folder = tmp_path_factory.mktemp("runs")

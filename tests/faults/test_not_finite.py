@@ -48,7 +48,8 @@ def test_stops_before_the_update(tmp_path, train, state_of, stopped_at, poisoned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_that_is_not_finite_changes_nothing(dtype):
     from patchword.models.zoo import create_model
-    from patchword.specs import TrainSpec, changed
+    from patchword.parsing import changed
+    from patchword.specs import TrainSpec
     from patchword.training.loop import Trainer
 
     spec = changed(TrainSpec(source="digits"), average=0.9, accumulate=2, warmup=0.0)

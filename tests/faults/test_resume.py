@@ -6,7 +6,7 @@ import logging
 import pytest
 
 import patchword
-from patchword.specs import Interrupted
+from patchword.parsing import Interrupted
 from patchword.training.checkpoint import Checkpoints
 from patchword.training.loop import Run
 from patchword.weights.native import find_weights, load_tensors

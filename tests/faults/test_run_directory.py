@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patchword.specs import PatchwordError, UsageError
+from patchword.parsing import PatchwordError, UsageError
 from patchword.training.checkpoint import Checkpoints
 from patchword.workflows import runs
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from patchword.inspection.embedding import embedding_filters, position_similarity
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 
 
 def test_filters_equal_scikit_learn_pca() -> None:

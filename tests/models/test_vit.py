@@ -16,7 +16,8 @@ from patchword.models import vit
 from patchword.models.layers import SelfAttention
 from patchword.models.vit import ViT, macs
 from patchword.models.zoo import create_model, model_spec
-from patchword.specs import PatchwordError, ViTSpec
+from patchword.parsing import PatchwordError
+from patchword.specs import ViTSpec
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchword.models.zoo import create_model
-from patchword.specs import TrainSpec, changed
+from patchword.parsing import changed
+from patchword.specs import TrainSpec
 from patchword.training.clock import Clock
 from patchword.training.loop import Progress, Trainer, due
 from patchword.training.signals import watch_signals

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from patchword.models.zoo import create_model
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 from patchword.training import parallel
 from patchword.training.parallel import Working, resolve_device, resolve_precision
 

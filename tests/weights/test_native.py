@@ -255,7 +255,7 @@ def test_transfer_keeps_the_body_and_replaces_the_head(
     model = scattered(**options)
     path = save_model(model, tmp_path / "m.safetensors")
     with caplog.at_level(logging.WARNING, "patchword"):
-        tuned = transfer(path, num_classes=9, image_size=(48, 32), in_channels=3, dropout=0.1)
+        tuned = transfer(path, num_classes=9, image_size=(48, 32), dropout=0.1)
     assert "resampled from 4x4 to 6x4" in caplog.text
     assert tuned.spec.num_classes == 9
     assert tuned.spec.dropout == 0.1
@@ -276,17 +276,17 @@ def test_transfer_keeps_the_body_and_replaces_the_head(
 
 def test_transfer_of_features_without_a_head(tmp_path: Path):
     path = save_model(create_model("ViT-mu/8", 0, 32), tmp_path / "m.safetensors")
-    tuned = transfer(path, num_classes=3, image_size=(32, 32), in_channels=3)
+    tuned = transfer(path, num_classes=3, image_size=(32, 32))
     assert tuned(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
 def test_transfer_refuses_what_changes_the_body(tmp_path: Path):
     path = save_model(scattered(), tmp_path / "m.safetensors")
-    with pytest.raises(PatchwordError, match="takes 3 channels, the data has 1"):
+    with pytest.raises(PatchwordError, match=r"patch_embedding\.weight is"):
         transfer(path, num_classes=3, image_size=(32, 32), in_channels=1)
     for options in ({"depth": 2}, {"registers": 1}, {"width": 64}, {"position": "none"}):
         with pytest.raises(PatchwordError, match=r"missing|unexpected|not \["):
-            transfer(path, num_classes=3, image_size=(32, 32), in_channels=3, **options)
+            transfer(path, num_classes=3, image_size=(32, 32), **options)
 
 
 # Files -------------------------------------------------------------------------------------------

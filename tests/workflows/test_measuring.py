@@ -264,12 +264,15 @@ def test_predict_table_shows_names_as_they_are(
 
 def test_found_images(tmp_path: Path, photos: Path):
     once = photos / "red" / "00.jpg"
-    assert find_images([once, str(once), photos / "red"])[0] == str(once)
-    assert len(find_images([once, photos / "red"])) == 13
+    assert find_images([once, str(once), photos / "red"], {})[0] == str(once)
+    assert len(find_images([once, photos / "red"], {})) == 13
     (tmp_path / "none").mkdir()
     for pattern in (tmp_path / "none", "no/such/*.png", tmp_path / "x.png"):
         with pytest.raises(PatchwordError, match="no images at"):
-            find_images([pattern])
+            find_images([pattern], {})
+    missing: dict[str, str] = {}
+    assert find_images([once, "no/such.png"], missing) == [str(once)]
+    assert missing == {"no/such.png": "no such file"}
 
 
 def test_sigmoid_models_give_their_own_probabilities(tmp_path: Path, photos: Path):

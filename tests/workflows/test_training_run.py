@@ -13,7 +13,8 @@ import torch
 
 import patchword
 from patchword import UsageError, load_model
-from patchword.specs import TrainSpec, parse
+from patchword.parsing import parse
+from patchword.specs import TrainSpec
 from patchword.training.log import read_lines
 from patchword.weights.native import read_weights
 
@@ -174,7 +175,7 @@ def test_transfer_from_a_run(
     assert code == 0, err
     assert "position table" not in err  # sincos2d has none to resample
     spec, model = config(run), load_model(run)
-    assert (spec.recipe, spec.model, spec.init) == ("transfer", None, str(finished))
+    assert (spec.recipe, spec.model, spec.init) == ("transfer", "ViT-mu/8", str(finished))
     assert model.classes == ("blue", "red")
     assert model.spec.image_size == (24, 24)
     assert model.preprocess.resize == "stretch"
@@ -188,6 +189,42 @@ def test_transfer_from_a_run(
         code, _, err = command(*words)
         assert code == 0, err
         assert text in err
+
+
+def test_transfer_keeps_the_size_and_channels_of_the_weights(finished: Path, tmp_path: Path):
+    """Grey digits of 8 px become what the weights take: 16 px in colour."""
+    result = patchword.train("digits", init=finished, steps=1, batch_size=8, out=tmp_path / "run")
+    model = load_model(result.run)
+    assert model.spec.image_size == config(result.run).image_size == (16, 16)
+    assert model.spec.in_channels == 3
+
+
+def test_init_of_another_model_is_refused(
+    finished: Path, photos: Path, tmp_path: Path, command: Command
+):
+    words = ["train", photos, "--init", finished, "--model", "ViT-S/16", "--out", tmp_path / "run"]
+    code, _, err = command(*words)
+    assert code == 2
+    assert "holds ViT-mu/8, not ViT-S/16" in " ".join(err.split())
+
+
+def test_one_class_is_no_task(make_photos: MakePhotos, tmp_path: Path, command: Command):
+    data = make_photos(tmp_path / "one", 4, ("red",))
+    code, _, err = command("train", data, "--out", tmp_path / "run")
+    assert code == 1
+    assert "one class (red)" in " ".join(err.split())
+
+
+def test_with_nothing_held_out_it_is_measured_on_train(
+    make_photos: MakePhotos, tmp_path: Path, command: Command
+):
+    data, run = make_photos(tmp_path / "all", 4, ("red", "blue")), tmp_path / "run"
+    words = ["train", data, "--model", "ViT-mu/8", "--image-size", 16, "--steps", 2, "--out", run]
+    words += ["--batch-size", 4, "--workers", 0, "--val-fraction", 0, "--test-fraction", 0]
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert "train images" in out
+    assert "trained on" in (run / "report.html").read_text()
 
 
 def test_python_takes_paths(finished: Path, make_photos: MakePhotos, tmp_path: Path):

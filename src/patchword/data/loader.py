@@ -18,7 +18,7 @@ from patchword.data.images import BadImage
 from patchword.data.seeding import derived_seed
 from patchword.data.sources import Source
 from patchword.data.transforms import Transform
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 from patchword.types import Batch
 
 OnBad = Literal["skip", "fail"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from patchword.data.images import BadImage
 from patchword.data.sources import SPLITS, Source, group_parts, short_name
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from patchword.data.images import MODES, BadImage, decode
 from patchword.data.randaugment import randaugment
-from patchword.specs import AugmentSpec, PatchwordError, PreprocessSpec
+from patchword.parsing import PatchwordError
+from patchword.specs import AugmentSpec, PreprocessSpec
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 from patchword.types import Batch, Forward
 
 BINS = 15

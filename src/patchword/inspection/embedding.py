@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from patchword.specs import PatchwordError
+from patchword.parsing import PatchwordError
 
 
 def embedding_filters(

@@ -25,7 +25,7 @@ def resample_position_embedding(
         raise ValueError(f"a table of {entries} entries cannot hold a grid of {old_grid}")
     if old_grid == new_grid:
         return table
-    prefix, grid = table.split([entries - patches, patches], dim=-2)
+    prefix, grid = table[..., :-patches, :], table[..., -patches:, :]
     planes = grid.reshape(-1, *old_grid, width).permute(0, 3, 1, 2).float()
     planes = planes.contiguous()  # channels last, torch goes wrong where the new width is 1
     planes = F.interpolate(planes, size=new_grid, mode="bicubic", antialias=True)

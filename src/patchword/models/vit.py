@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from patchword.models.layers import AttentionPool, Block, Mlp, PatchEmbedding, SelfAttention, drop
 from patchword.models.position import sincos_2d
-from patchword.specs import PatchwordError, PreprocessSpec, ViTSpec
+from patchword.parsing import PatchwordError
+from patchword.specs import PreprocessSpec, ViTSpec
 from patchword.types import Outputs
 
 

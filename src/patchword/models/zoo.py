@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from patchword.models.vit import ViT, macs
-from patchword.specs import PreprocessSpec, UsageError, ViTSpec, nearest, parse, to_dict
+from patchword.parsing import UsageError, nearest, parse, to_dict
+from patchword.specs import PreprocessSpec, ViTSpec
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,16 @@ def create_model(
         name, num_classes=num_classes, image_size=image_size, in_channels=in_channels, **options
     )
     return ViT(spec, preprocess=preprocess, classes=classes)
+
+
+def variant_name(spec: ViTSpec) -> str:
+    """The name of a spec's variant, such as `ViT-S/16`; `ViT-6x128/4` (depth, width) if it is none
+    of the table's."""
+    shape = Shape(spec.depth, spec.width, spec.mlp_width, spec.heads)
+    known = next((name for name, row in SHAPES.items() if row == shape), None)
+    rows, columns = spec.patch_size
+    patch = str(rows) if rows == columns else f"{rows}x{columns}"
+    return f"ViT-{known or f'{spec.depth}x{spec.width}'}/{patch}"
 
 
 def model_cost(spec: ViTSpec) -> tuple[int, int]:

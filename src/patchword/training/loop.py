@@ -19,7 +19,8 @@ from torch import Tensor
 
 from patchword.data.seeding import derived_seed
 from patchword.models.vit import ViT
-from patchword.specs import Interrupted, PatchwordError, TrainSpec
+from patchword.parsing import Interrupted, PatchwordError
+from patchword.specs import TrainSpec
 from patchword.training.averaging import Average
 from patchword.training.checkpoint import Checkpoints, damage, write_text
 from patchword.training.clock import Clock

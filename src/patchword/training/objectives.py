@@ -14,7 +14,8 @@ def classification_loss(logits: Tensor, targets: Tensor, optim: OptimSpec) -> Te
 
     `logits` float `[B, K]`; `targets` int64 `[B]` class indices, or float `[B, K]` shares that sum
     to 1. `softmax`: cross-entropy. `sigmoid`: binary cross-entropy summed over the classes, each
-    on its own (section 4.1's JFT models). Label smoothing mixes the targets with 1 / K.
+    on its own, as the authors' public code has it for JFT and ImageNet-21k. Label smoothing mixes
+    the targets with 1 / K.
     """
     if optim.loss == "softmax":
         return F.cross_entropy(logits, targets, label_smoothing=optim.label_smoothing)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from patchword.specs import Device, PatchwordError, Precision
+from patchword.parsing import PatchwordError
+from patchword.specs import Device, Precision
 
 
 @functools.cache

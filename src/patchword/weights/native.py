@@ -22,7 +22,8 @@ from torch import Tensor
 
 from patchword.models.position import resample_position_embedding, sincos_2d
 from patchword.models.vit import ViT
-from patchword.specs import PatchwordError, PreprocessSpec, ViTSpec, parse, to_dict
+from patchword.parsing import PatchwordError, parse, to_dict
+from patchword.specs import PreprocessSpec, ViTSpec
 
 logger = logging.getLogger("patchword")
 KEY = "patchword"
@@ -38,7 +39,6 @@ class WeightsFile:
     classes: tuple[str, ...]
     extra: dict[str, Any]
     """what the writer added, such as the step"""
-    sha256: str
 
 
 def find_weights(path: str | Path) -> Path:
@@ -79,19 +79,28 @@ def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
 
     Raises `PatchwordError` if the file is damaged or somebody else's.
     """
+    metadata, tensors = _read(path, device)
+    if _digest(tensors, metadata[KEY]) != metadata.get("sha256"):
+        raise PatchwordError(f"{path} is damaged: its checksum does not match; use another copy")
+    return tensors, json.loads(metadata[KEY])
+
+
+def _read(
+    path: Path, device: str = "cpu", *, tensors: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header's metadata, and the tensors if wanted, unchecked."""
     try:
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys()) if tensors else []
+            found = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise PatchwordError(f"{path} is not a readable safetensors file: {error}") from None
     if KEY not in metadata:
         raise PatchwordError(
             f"{path} was not written by patchword: its header has no {KEY!r} entry"
         )
-    if _digest(tensors, metadata[KEY]) != metadata.get("sha256"):
-        raise PatchwordError(f"{path} is damaged: its checksum does not match; use another copy")
-    return tensors, json.loads(metadata[KEY])
+    return metadata, found
 
 
 def _digest(tensors: Mapping[str, Tensor], body: str) -> str:
@@ -152,18 +161,26 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsFile]:
     """The tensors and the description of a model's weight file or run directory."""
     found = find_weights(path)
     tensors, header = load_tensors(found)
+    return tensors, _described(found, header)
+
+
+def describe_weights(path: str | Path) -> WeightsFile:
+    """What a weight file or run directory holds, from its header alone."""
+    found = find_weights(path)
+    return _described(found, json.loads(_read(found, tensors=False)[0][KEY]))
+
+
+def _described(path: Path, header: dict[str, Any]) -> WeightsFile:
     try:
-        file = WeightsFile(
-            path=found,
+        return WeightsFile(
+            path=path,
             spec=parse(ViTSpec, header["model"]),
             preprocess=parse(PreprocessSpec, header["preprocess"]),
             classes=tuple(header["classes"]),
             extra=header["extra"],
-            sha256=_digest(tensors, json.dumps(header, sort_keys=True)),
         )
     except KeyError as error:
-        raise PatchwordError(f"{found} holds no model: its header lacks {error}") from None
-    return tensors, file
+        raise PatchwordError(f"{path} holds no model: its header lacks {error}") from None
 
 
 def load_model(
@@ -181,11 +198,7 @@ def load_model(
     tensors, file = read_weights(path)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     spec = resized(file.spec, size or file.spec.image_size)
-    if spec != file.spec and "position_embedding" in tensors:
-        logger.warning(
-            "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
-            *(file.path, *file.spec.grid, *spec.grid, *spec.image_size),
-        )
+    _say_resampled(tensors, file, spec)
     with torch.device("meta"):
         model = ViT(spec, preprocess=file.preprocess, classes=file.classes)
     fit_tensors(tensors, model, file)
@@ -221,36 +234,30 @@ def fit_tensors(tensors: dict[str, Tensor], model: ViT, file: WeightsFile) -> No
 
 
 def transfer(
-    path: str | Path,
-    *,
-    num_classes: int,
-    image_size: tuple[int, int],
-    in_channels: int,
-    **options: Any,
+    path: str | Path, *, num_classes: int, image_size: tuple[int, int], **options: Any
 ) -> ViT:
     """A model to fine-tune: the saved body, a zero-initialised linear head for `num_classes`, and
     the position table resampled to `image_size` (section 3.2).
 
-    `options` are regularisers of `ViTSpec` to change (dropout, drop_path). Raises `PatchwordError`
-    if an option would change the body's tensors or `in_channels` differs.
+    `options` are regularisers of `ViTSpec` to change (dropout, drop_path), or another `head`.
+    Raises `PatchwordError` if an option would change the body's tensors.
     """
     tensors, file = read_weights(path)
-    values = to_dict(resized(file.spec, image_size)) | options
-    values |= {"num_classes": num_classes, "head": options.get("head", "linear")}
-    if in_channels != file.spec.in_channels:
-        raise PatchwordError(
-            f"{file.path} takes {file.spec.in_channels} channels, the data has {in_channels}"
-        )
-    spec = parse(ViTSpec, values)
+    values: dict[str, Any] = {"num_classes": num_classes, "head": "linear"} | options
+    spec = parse(ViTSpec, to_dict(resized(file.spec, image_size)) | values)
     model = ViT(spec, preprocess=file.preprocess)
-    fresh = {n: v for n, v in model.state_dict().items() if n.startswith(("head.", "pre_logits."))}
-    body = {n: v for n, v in tensors.items() if not n.startswith(("head.", "pre_logits."))}
-    if file.spec.grid != spec.grid and "position_embedding" in body:
-        logger.warning(
-            "%s: position table resampled from %dx%d to %dx%d patches",
-            *(file.path, *file.spec.grid, *spec.grid),
-        )
-    tensors = body | fresh
+    heads = ("head.", "pre_logits.")
+    fresh = {n: v for n, v in model.state_dict().items() if n.startswith(heads)}
+    tensors = {n: v for n, v in tensors.items() if not n.startswith(heads)} | fresh
+    _say_resampled(tensors, file, spec)
     fit_tensors(tensors, model, file)
     model.load_state_dict(tensors)
     return model
+
+
+def _say_resampled(tensors: Mapping[str, Tensor], file: WeightsFile, spec: ViTSpec) -> None:
+    if spec.grid != file.spec.grid and "position_embedding" in tensors:
+        logger.warning(
+            "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
+            *(file.path, *file.spec.grid, *spec.grid, *spec.image_size),
+        )

@@ -13,7 +13,7 @@ import torch
 
 import patchword
 from patchword.training.parallel import resolve_device, resolve_precision
-from patchword.workflows.runs import processor
+from patchword.workflows.runs import processor, usable_cores
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "tyro", "rich", "matplotlib", "scikit-learn")
 EXTRAS = {"hub": ("datasets", "huggingface_hub", "pyarrow"), "tensorboard": ("tensorboard",)}
@@ -28,25 +28,27 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "memory": _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-        "free disk here": _gib(shutil.disk_usage(".").free),
+        "memory_gib": _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        "free_disk_here_gib": _gib(shutil.disk_usage(".").free),
         "device": device.type,
-        "training precision": str(dtype).removeprefix("torch."),
-        "GPUs": {
-            torch.cuda.get_device_name(i): _gib(torch.cuda.get_device_properties(i).total_memory)
+        "training_precision": str(dtype).removeprefix("torch."),
+        "gpus": [
+            {
+                "name": torch.cuda.get_device_name(i),
+                "memory_gib": _gib(torch.cuda.get_device_properties(i).total_memory),
+            }
             for i in range(torch.cuda.device_count())
-        }
-        or "none",
-        "C++ compiler for --compile": shutil.which("g++") or shutil.which("clang++") or "none",
+        ],
+        "compiler": shutil.which("g++") or shutil.which("clang++"),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "extras": {name: _extra(name, needs) for name, needs in EXTRAS.items()},
     }
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _gib(size: int) -> float:
+    return round(size / 2**30, 1)
 
 
 def _extra(name: str, needs: tuple[str, ...]) -> str:

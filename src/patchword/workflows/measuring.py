@@ -20,12 +20,13 @@ from patchword.data.splits import load_division
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.evaluation.classify import Classification, Classify, match_classes
 from patchword.models.vit import ViT
-from patchword.specs import Device, PatchwordError, Precision, UsageError, nearest
+from patchword.parsing import PatchwordError, UsageError, nearest
+from patchword.specs import Device, Precision
 from patchword.training.parallel import Working, resolve_device, resolve_precision
 from patchword.types import Batch
 from patchword.weights.native import load_model
-from patchword.workflows.runs import SPLITS
-from patchword.workflows.training_run import default_workers, eval_batch_size
+from patchword.workflows.runs import SPLITS, default_workers
+from patchword.workflows.training_run import eval_batch_size
 
 logger = logging.getLogger("patchword")
 
@@ -64,8 +65,6 @@ def evaluate(
     net, forward, where = _load(model, image_size, device, precision)
     source = open_source(str(data))
     name, why, indices = choose_part(source, run, split)
-    if net.spec.in_channels != source.channels and source.channels not in (1, 3):
-        raise PatchwordError(f"the model takes {net.spec.in_channels} channels")
     classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
     mapped = match_classes(source.classes, net.classes) if net.classes else None
     transform = EvalTransform(net.spec.image_size, net.spec.in_channels, net.preprocess)
@@ -140,7 +139,10 @@ def choose_part(source: Source, run: Path | None, split: str | None) -> tuple[st
         try:
             division = load_division(run / SPLITS, source)
         except PatchwordError as error:
-            logger.warning("the division of %s is not used: %s", run, error)
+            logger.warning(
+                "%s: its division is not used, so these may be images it was trained on (%s)",
+                *(run, error),
+            )
         else:
             for name, at in division.items():
                 if len(at):
@@ -187,11 +189,12 @@ def predict(
 ) -> list[Prediction]:
     """Classify image files, folders (searched through) and glob patterns, in order.
 
-    Files that cannot be read are left out; `bad`, if given, receives path -> reason. Raises
-    `PatchwordError` if nothing matches a path, or nothing can be read.
+    Files that are missing or cannot be read are left out; `bad`, if given, receives path -> reason.
+    Raises `PatchwordError` if no file is found.
     """
     net, forward, where = _load(model, image_size, device, precision)
-    paths = find_images([images] if isinstance(images, str | Path) else images)
+    bad = {} if bad is None else bad
+    paths = find_images([images] if isinstance(images, str | Path) else images, bad)
     source = Source(
         name="images",
         classes=("",),
@@ -213,8 +216,7 @@ def predict(
         ):
             for index, reason in batch.bad:
                 logger.warning("cannot read %s: %s", paths[index], reason)
-                if bad is not None:
-                    bad[paths[index]] = reason
+                bad[paths[index]] = reason
             logits = forward(to_input(batch.images.to(where), net.preprocess)).double().cpu()
             found += _predictions(net, logits, batch, paths, classes, top)
     return found
@@ -236,9 +238,12 @@ def _predictions(
         yield Prediction(paths[int(batch.indices[row])], label, probability, best)
 
 
-def find_images(patterns: Iterable[str | Path]) -> list[str]:
+def find_images(patterns: Iterable[str | Path], missing: dict[str, str]) -> list[str]:
     """The image files that paths, folders and glob patterns name, in that order, each once.
-    Raises `PatchwordError` for one that names nothing."""
+
+    What names nothing goes into `missing`, with the reason. Raises `PatchwordError` if nothing is
+    found at all.
+    """
     found: dict[str, None] = {}
     for pattern in map(str, patterns):
         path = Path(pattern)
@@ -250,6 +255,11 @@ def find_images(patterns: Iterable[str | Path]) -> list[str]:
         else:
             names = sorted(glob.glob(pattern, recursive=True))
         if not names:
-            raise PatchwordError(f"no images at {pattern!r}; give files, folders or a pattern")
+            missing[pattern] = "no images there" if path.is_dir() else "no such file"
+            logger.warning("cannot read %s: %s", pattern, missing[pattern])
         found |= dict.fromkeys(names)
+    if not found:
+        first = next(iter(missing), None)
+        where = "the list is empty" if first is None else f"no images at {first!r}"
+        raise PatchwordError(f"{where}; give files, folders or a pattern")
     return list(found)

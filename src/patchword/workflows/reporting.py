@@ -21,15 +21,16 @@ MISTAKES, THUMBNAIL = 24, 128
 def report_run(run: Path, model: ViT, source: Source, result: Classification, split: str) -> None:
     """Write `report.html` and `MODEL_CARD.md` into a run directory."""
     config, again = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
+    reproduce = f"patchword train --config {config} --out {again}"
     write_report(
         run,
         result=result,
         split=split,
         mistakes=worst_mistakes(source, result),
         figures=embedding_figures(model),
-        reproduce=f"patchword train --config {config} --out {again}",
+        reproduce=reproduce,
     )
-    write_model_card(run, result=result, split=split)
+    write_model_card(run, result=result, split=split, reproduce=reproduce)
 
 
 def worst_mistakes(source: Source, result: Classification) -> list[Mistake]:

@@ -24,21 +24,14 @@ import patchword
 from patchword.data.sources import Source
 from patchword.data.splits import Division, divide, load_division, save_division
 from patchword.models.vit import ViT
-from patchword.models.zoo import create_model, model_cost, model_spec
-from patchword.specs import (
-    PatchwordError,
-    PreprocessSpec,
-    TrainSpec,
-    UsageError,
-    changed,
-    differences,
-    parse,
-    to_dict,
-)
+from patchword.models.zoo import create_model, model_cost, model_spec, variant_name
+from patchword.parsing import PatchwordError, UsageError, differences, parse, to_dict
+from patchword.specs import PreprocessOptions, PreprocessSpec, TrainSpec
 from patchword.training.checkpoint import replace_text
+from patchword.training.optim import span
 from patchword.training.parallel import resolve_device, resolve_precision
 from patchword.training.recipes import Recipe, recipe_spec
-from patchword.weights.native import transfer
+from patchword.weights.native import describe_weights, transfer
 
 logger = logging.getLogger("patchword")
 CONFIG, SUMMARY, SPLITS = "config.json", "summary.json", "splits.json"
@@ -113,8 +106,6 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
     What `asked` leaves open (None, "auto") is as stored. Raises `UsageError` naming the fields in
     which the two differ otherwise.
     """
-    if asked.init is not None:  # the weights say which model
-        asked = dataclasses.replace(asked, model=None)
     filled = _fill(asked, stored)
     changes = differences(filled, stored, free=False)
     if changes:
@@ -135,36 +126,61 @@ def _fill(asked: Any, stored: Any) -> Any:
     return dataclasses.replace(asked, **values)
 
 
-def resolve(spec: TrainSpec, source: Source, division: Division) -> TrainSpec:
-    """Everything automatic but the length in time, made definite."""
+def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
+    """Everything automatic but a length in time, made definite.
+
+    Raises `UsageError` if the model or the length is missing, or the weights of `init` are of
+    another model than the one named.
+    """
     device = resolve_device(spec.device)
     dtype = resolve_precision(spec.precision, device)
-    model = spec.model
+    base, size, model = PreprocessSpec(), spec.image_size or (224,), spec.model
     if spec.init is not None:
-        model = None
+        file = describe_weights(spec.init)
+        base, model = file.preprocess, variant_name(file.spec)
+        size = spec.image_size or file.spec.image_size
+        if spec.model not in (None, model):
+            raise UsageError(
+                f"--init {spec.init} holds {model}, not {spec.model}; leave out --model, or use "
+                "another --recipe"
+            )
     elif model is None:
         raise UsageError("no model given; use --model ViT-S/16, or --init WEIGHTS")
-    steps = spec.steps
-    size = len(division["train"])
+    spec = dataclasses.replace(
+        spec,
+        model=model,
+        image_size=size,
+        device=device.type,
+        precision=str(dtype).removeprefix("torch."),
+        workers=default_workers() if spec.workers is None else spec.workers,
+        preprocess=parse(PreprocessOptions, to_dict(spec.preprocess.over(base))),
+    )
+    steps, train_images = spec.steps, len(division["train"])
     if spec.epochs is not None:
-        steps = max(1, round(spec.epochs * size / spec.batch_size))
+        steps = max(1, round(spec.epochs * train_images / spec.batch_size))
     elif spec.images is not None:
         steps = max(1, round(spec.images / spec.batch_size))
     elif spec.time is not None:
-        steps = None
+        return spec
     elif steps is None:
         raise UsageError("no length given; use --epochs, --steps, --images or --time")
-    resolved = dataclasses.replace(
-        spec,
-        model=model,
-        device=device.type,
-        precision=str(dtype).removeprefix("torch."),
-    )
-    return resolved if steps is None else with_steps(resolved, steps)
+    return with_steps(spec, steps)
+
+
+def default_workers() -> int:
+    """Loader processes where the user names no number: one a core, eight at most."""
+    return min(8, usable_cores())
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
     """The spec with its length in steps, and what depends on it."""
+    if span(spec.optim.warmup, steps) == steps > 1:
+        logger.warning("the warm-up takes all %d steps; give a shorter --warmup", steps)
     eval_every = spec.eval_every or math.ceil(steps / 10)
     return dataclasses.replace(
         spec,
@@ -176,39 +192,33 @@ def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
 
 
 def build_model(spec: TrainSpec, source: Source) -> ViT:
-    """The model that a run starts from, a pure function of spec and data."""
+    """The model that a run starts from, a pure function of the resolved spec and the data.
+
+    With the sigmoid loss a fresh model's head starts at a bias of -log K, so that every class
+    begins improbable, as in the authors' public code (big_vision, vit_i21k).
+    """
     torch.manual_seed(spec.seed)
     options: dict[str, Any] = spec.options.given() | {"probability": spec.optim.loss}
     count = len(source.classes)
-    if spec.init is None:
-        model = create_model(
-            spec.model or "",
-            count,
-            spec.size,
-            source.channels,
-            preprocess=spec.preprocess,
-            classes=source.classes,
-            **options,
-        )
+    if spec.init is not None:
+        model = transfer(spec.init, num_classes=count, image_size=spec.size, **options)
     else:
-        model = transfer(
-            spec.init,
-            num_classes=count,
-            image_size=spec.size,
-            in_channels=source.channels,
-            **options,
-        )
-        model.classes = source.classes
-        usual = to_dict(PreprocessSpec())
-        asked = {k: v for k, v in to_dict(spec.preprocess).items() if v != usual[k]}
-        model.preprocess = changed(model.preprocess, **asked)
-    if spec.optim.loss == "sigmoid" and model.head is not None:
-        torch.nn.init.constant_(model.head.bias, -math.log(count))
+        model = create_model(spec.model or "", count, spec.size, source.channels, **options)
+        if spec.optim.loss == "sigmoid" and model.head is not None:
+            torch.nn.init.constant_(model.head.bias, -math.log(count))
+    model.preprocess = spec.preprocess.over(model.preprocess)
+    model.classes = source.classes
     return model
 
 
 def open_division(run: Path, source: Source, spec: TrainSpec) -> Division:
-    """The division of the run, if it has one, else the one its spec makes."""
+    """The division of the run, if it has one, else the one its spec makes. Raises
+    `PatchwordError` if there is nothing to tell apart."""
+    if len(source.classes) < 2:
+        raise PatchwordError(
+            f"{source.name} has one class ({', '.join(source.classes)}); give the folder above it, "
+            "with a folder per class"
+        )
     if is_run(run):
         return load_division(run / SPLITS, source)
     data = spec.data
@@ -220,11 +230,6 @@ def store(run: Path, spec: TrainSpec, source: Source, division: Division) -> Non
     save_division(run / SPLITS, source, division)
     replace_text(run / "classes.json", json.dumps(list(source.classes), indent=0))
     replace_text(run / "environment.json", json.dumps(environment(source), indent=1))
-    write_config(run, spec)
-
-
-def write_config(run: Path, spec: TrainSpec) -> None:
-    """Write `config.json`."""
     replace_text(run / CONFIG, json.dumps(to_dict(spec), indent=1))
 
 
@@ -240,7 +245,8 @@ def environment(source: Source) -> dict[str, Any]:
         "processor": processor(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "git_commit": git_commit(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "data_fingerprint": source.fingerprint,
     }
 
@@ -273,10 +279,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def git_commit() -> str | None:
-    """The commit of the checkout that patchword runs from, None if it is not in one."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", os.fspath(folder), "rev-parse", "HEAD"]
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout that patchword runs from, None if it is not in one."""
+    command = ["git", "-C", os.fspath(Path(__file__).parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

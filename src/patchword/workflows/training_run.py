@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ from patchword.data.splits import Division
 from patchword.data.transforms import BatchAugment, EvalTransform, TrainTransform, to_input
 from patchword.evaluation.classify import Classification, Classify
 from patchword.models.vit import ViT, macs
-from patchword.specs import PatchwordError, TrainSpec, changed, seconds, with_length
+from patchword.parsing import PatchwordError, changed
+from patchword.specs import TrainSpec, seconds, with_length
 from patchword.training.checkpoint import Checkpoints, replace_text
-from patchword.training.log import Lines, LiveLine, duration, write_csv
+from patchword.training.log import Lines, LiveLine, write_csv
 from patchword.training.loop import Run, Trainer
 from patchword.training.parallel import keep_memory, make_deterministic
 from patchword.training.recipes import base_spec
@@ -52,9 +52,9 @@ class TrainResult:
 
     run: Path
     split: str
-    """what `result` was measured on: test, else val"""
+    """what `result` was measured on: test, else val, else train"""
     result: Classification | None
-    """of the best weights; None if the run had been finished before, or holds nothing out"""
+    """of the best weights; None if the run had been finished before"""
     summary: dict[str, Any]
     """`summary.json`: figures, speed and cost"""
 
@@ -69,15 +69,17 @@ class Inputs:
     model: ViT
     device: torch.device
     cached: ImageCache | None = None
+    bad: dict[int, str] = field(default_factory=dict)
+    """images that could not be read for an evaluation: position in the source -> reason"""
 
     def __post_init__(self) -> None:
         spec, model = self.spec, self.model
-        size, channels = model.spec.image_size, self.source.channels
+        size, channels = model.spec.image_size, model.spec.in_channels
         self.plan = Plan(self.division["train"], spec.batch_size, spec.seed)
         self.transform = TrainTransform(size, channels, model.preprocess, spec.augment)
         self.eval_transform = EvalTransform(size, channels, model.preprocess)
         self.augment = BatchAugment(spec.augment, len(self.source.classes))
-        self.workers = default_workers() if spec.workers is None else spec.workers
+        self.workers = spec.workers or 0
 
     def fill_cache(self, console: Console) -> None:
         """Decode the images once, if the per-image transform allows it and they fit in memory."""
@@ -118,13 +120,22 @@ class Inputs:
         generator = torch.Generator().manual_seed(derived_seed(self.spec.seed, "batch", position))
         return self.augment(to_input(images, self.model.preprocess), labels, generator)
 
+    def note_bad(self, batch: Batch) -> None:
+        """Name each unreadable image once."""
+        for index, reason in batch.bad:
+            if index not in self.bad:
+                self.bad[index] = reason
+                logger.warning(
+                    "skipped an unreadable image: %s: %s", self.source.location(index), reason
+                )
+
     def evaluator(self, part: str, limit: int | None = None) -> Classify:
         """Measures a model on a part of the data, or on its first `limit` images."""
         indices = self.division[part][:limit]
         cached = self.cached if part == "val" else None
 
         def batches() -> Iterator[Batch]:
-            return eval_batches(
+            for batch in eval_batches(
                 self.source,
                 indices,
                 self.eval_transform,
@@ -132,7 +143,9 @@ class Inputs:
                 workers=self.workers if len(indices) > 256 else 0,
                 on_bad=self.spec.data.on_bad_image,
                 cached=cached,
-            )
+            ):
+                self.note_bad(batch)
+                yield batch
 
         return Classify(
             batches,
@@ -140,11 +153,6 @@ class Inputs:
             lambda images: to_input(images.to(self.device), self.model.preprocess),
             loss=self.spec.optim.loss,
         )
-
-
-def default_workers() -> int:
-    """Loader processes where the user names no number."""
-    return min(8, os.cpu_count() or 1)
 
 
 def eval_batch_size(model: ViT) -> int:
@@ -185,7 +193,7 @@ def train(
         stored = runs.stored_spec(run)
         division = runs.open_division(run, source, spec)
         if stored is None:
-            spec = runs.resolve(spec, source, division)
+            spec = runs.resolve(spec, division)
         else:
             spec = runs.resume_spec(spec, stored, run)
             summary = _read_summary(run)
@@ -228,7 +236,7 @@ def _train(
         trainer.read(*newest)
         console.print(f"resuming from {newest[0]}", highlight=False)
     progress = trainer.progress
-    Run(
+    training = Run(
         trainer=trainer,
         feed=inputs.feed,
         prepare=inputs.prepare,
@@ -240,8 +248,21 @@ def _train(
         steps_per_epoch=len(division["train"]) / spec.batch_size,
         locate=source.location,
         extra_log=_tensorboard(run, spec),
-    ).fit()
+    )
+    try:
+        training.fit()
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise PatchwordError(
+            f"out of memory with {spec.batch_size // spec.optim.accumulate} images at a time; "
+            f"use --accumulate {2 * spec.optim.accumulate}, or a smaller --batch-size"
+        ) from error
     return _finish(run, trainer, inputs, console)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _dtype(spec: TrainSpec) -> torch.dtype:
@@ -276,7 +297,8 @@ def exaflops(model: ViT, images: int) -> float:
 def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Console) -> int:
     """How many steps fit into `spec.time`, counted from `started` (monotonic seconds).
 
-    Trains a throw-away copy for a few seconds, times the evaluations, and keeps 5 % in hand.
+    Trains for a few seconds on weights that are then thrown away, times the evaluations, and keeps
+    5 % in hand. Raises `PatchwordError` if the time is too short for a step.
     """
     budget = seconds(spec.time or "")
     with console.status(f"measuring how many steps fit into {spec.time}"):
@@ -284,7 +306,8 @@ def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Cons
         trainer = Trainer(inputs.model, trial, inputs.device, _dtype(spec))
         pace = _pace(trainer, inputs, min(30.0, 0.03 * budget))
         evaluations = 0.0
-        for part, times in (("val", 10 * (2 if spec.optim.average else 1)), ("test", 1)):
+        rounds = 10 if spec.eval_every is None else int(budget / pace / spec.eval_every) + 1
+        for part, times in (("val", rounds * (2 if spec.optim.average else 1)), ("test", 1)):
             size = len(inputs.division[part])
             sample = min(size, 4 * eval_batch_size(inputs.model))
             if sample:
@@ -292,7 +315,12 @@ def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Cons
                 inputs.evaluator(part, sample)(inputs.model.eval())
                 evaluations += times * (time.monotonic() - began) * size / sample
     left = 0.95 * (budget - (time.monotonic() - started)) - evaluations
-    steps = max(1, int(left / pace))
+    steps = int(left / pace)
+    if steps < 1:
+        raise PatchwordError(
+            f"--time {spec.time} is too short: preparing and {evaluations:.0f} s of evaluations "
+            "leave nothing to train in; give more time, or a larger --eval-every"
+        )
     console.print(
         f"{spec.time}: {steps:,} steps of {pace:.3f} s, {evaluations:.0f} s of evaluation",
         highlight=False,
@@ -301,7 +329,7 @@ def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Cons
 
 
 def _pace(trainer: Trainer, inputs: Inputs, limit: float) -> float:
-    """Median seconds per step over at least ten steps and `limit` seconds, after a warm-up."""
+    """Mean seconds per step over at least ten steps and `limit` seconds, after a warm-up."""
     taken: list[float] = []
     with closing(inputs.feed(0, 10_000)) as batches:
         began = mark = time.monotonic()
@@ -321,7 +349,7 @@ def _tensorboard(run: Path, spec: TrainSpec) -> Callable[[dict[str, Any]], None]
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise PatchwordError(
-            "--tensorboard needs the extra: pip install -c constraints.txt 'patchword[tensorboard]'"
+            "--tensorboard needs its extra: pip install -c constraints.txt -e '.[tensorboard]'"
         ) from None
     writer = SummaryWriter(run / "tensorboard")
 
@@ -352,30 +380,25 @@ def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> Tr
         if progress.best is not None
         else ("average" if trainer.average else "raw"),
         "best_val_top1": progress.best,
-        "bad_images": len(progress.bad),
         "rollbacks": progress.rollbacks,
     }
-    part = next((name for name in ("test", "val") if len(inputs.division[name])), None)
-    result = None
-    if part is not None:
-        model = load_model(run, device=inputs.device)
-        with console.status(f"evaluating on {part}"):
-            began = time.monotonic()
-            result = inputs.evaluator(part).measure(model)
-        taken = time.monotonic() - began
-        summary |= {"split": part, **result.scalars()}
-        summary["evaluate_images_per_second"] = round(result.n / taken, 2)
-        _write_summary(run, summary)
-        report_run(run, model, inputs.source, result, part)
-    _write_summary(run, summary | {"finished": True})
-    if result is not None:
-        console.print(
-            f"{part}: top-1 {100 * result.top1:.2f} % of {result.n:,} images "
-            f"({summary['best_weights']} weights of step {summary['best_step']:,}); "
-            f"trained for {duration(progress.seconds)}",
-            highlight=False,
-        )
-    return TrainResult(run, part or "", result, summary)
+    part = next(name for name in ("test", "val", "train") if len(inputs.division[name]))
+    model = load_model(run, device=inputs.device)
+    with console.status(f"evaluating on {part}"):
+        began = time.monotonic()
+        result = inputs.evaluator(part).measure(model)
+    taken = time.monotonic() - began
+    summary |= {
+        "bad_images": len({int(index) for index in progress.bad} | inputs.bad.keys()),
+        "split": part,
+        **result.scalars(),
+        "evaluate_images_per_second": round(result.n / taken, 2),
+    }
+    _write_summary(run, summary)
+    report_run(run, model, inputs.source, result, part)
+    summary["finished"] = True
+    _write_summary(run, summary)
+    return TrainResult(run, part, result, summary)
 
 
 def _write_summary(run: Path, summary: dict[str, Any]) -> None:
