@@ -117,6 +117,9 @@ def train(arguments: Sequence[str]) -> int:
     args = _parse(
         TrainArguments, arguments, "train", default=TrainArguments(**values), flatten=True
     )
+    lengths = [f"--{name}" for name in LENGTHS if _option(arguments, name) is not None]
+    if len(lengths) > 1:
+        raise UsageError(f"{' and '.join(lengths)} both set the length of the run; give one")
     spec = with_length(
         TrainSpec(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainSpec)}), base
     )

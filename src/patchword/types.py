@@ -41,6 +41,6 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Evaluator(Protocol):
-    """Measures a model; called by the training loop and by `patchword evaluate` alike."""
+    """Measures a model; called by the training loop at each evaluation."""
 
     def __call__(self, forward: Forward) -> dict[str, Any]: ...

@@ -226,6 +226,15 @@ def test_parquet_of_other_kinds(tmp_path, write):
     assert list(numbered.parts) == ["train"]
 
 
+def test_a_part_without_labels_is_left_out(tmp_path, write, caplog):
+    write(tmp_path / "c" / "test-0.parquet", [-1, -1])
+    files = write(tmp_path / "c" / "train-0.parquet", [0, 1, 0])
+    source = open_source(str(tmp_path / "c"))
+    assert "test-0.parquet: 2 images without labels" in caplog.text
+    assert list(source.parts) == ["train"]
+    assert [source.read(i) for i in range(3)] == files
+
+
 def test_parquet_errors(tmp_path, write):
     def message(*files):
         root = tmp_path / f"set{len(list(tmp_path.iterdir()))}"

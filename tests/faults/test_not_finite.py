@@ -50,7 +50,7 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype):
     from patchword.models.zoo import create_model
     from patchword.parsing import changed
     from patchword.specs import TrainSpec
-    from patchword.training.loop import Trainer
+    from patchword.training.trainer import Trainer
 
     spec = changed(TrainSpec(source="digits"), average=0.9, accumulate=2, warmup=0.0)
     model = create_model("ViT-mu/2", 10, 8)

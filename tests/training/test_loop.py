@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchword.models.zoo import create_model
-from patchword.parsing import changed
+from patchword.parsing import Interrupted, changed
 from patchword.specs import TrainSpec
 from patchword.training.clock import Clock
-from patchword.training.loop import Progress, Trainer, due
+from patchword.training.loop import due
 from patchword.training.signals import watch_signals
+from patchword.training.trainer import Progress, Trainer
 from patchword.types import Batch
 
 
@@ -131,7 +132,7 @@ def test_signals_are_noted_and_the_second_stops(signum, monkeypatch):
         now[0] = 0.5
         signal.raise_signal(signum)  # timeout(1) sends it twice
         now[0] = 1.5
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             signal.raise_signal(signum)
     assert received == [signum]
     assert signal.getsignal(signum) is before

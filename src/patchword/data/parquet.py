@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import logging
 import os
 import re
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from patchword.data.images import BadImage
 from patchword.data.sources import SPLITS, Source, group_parts, short_name
 from patchword.parsing import PatchwordError
 
+logger = logging.getLogger("patchword")
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 IN_MEMORY_BYTES = 1 << 30
@@ -38,12 +40,12 @@ def open_parquet(root: Path, files: Sequence[Path]) -> Source:
     except ImportError:
         raise PatchwordError(f"{root}: parquet {_INSTALL}") from None
     base = root if root.is_dir() else root.parent
-    reader = ParquetReader([str(file) for file in files])
+    reader = ParquetReader()
     labels: list[Any] = []
     splits: list[str] = []
     keys: list[str] = []
     names: list[str] | None = None
-    for i, file in enumerate(files):
+    for file in files:
         try:
             with pq.ParquetFile(file) as opened:
                 schema = opened.schema_arrow
@@ -51,19 +53,21 @@ def open_parquet(root: Path, files: Sequence[Path]) -> Source:
                     _column(schema, IMAGE_COLUMNS, file),
                     _column(schema, LABEL_COLUMNS, file),
                 )
-                reader.add(opened.metadata, image)
-                values = opened.read(columns=[label], use_threads=False).column(label)
+                found = opened.read(columns=[label], use_threads=False).column(label).to_pylist()
+                if _unlabelled(found, str(file)):
+                    continue
+                reader.add(str(file), opened.metadata, image)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:160]
             raise PatchwordError(f"{file} cannot be read ({reason}); get it again") from None
-        found = _names(schema.metadata or {}, label)
-        if i and found != names:
+        named = _names(schema.metadata or {}, label)
+        if labels and named != names:
             raise PatchwordError(f"{file}: class names differ from {files[0]}; give one set only")
-        names = found
-        labels += values.to_pylist()
+        names = named
+        labels += found
         key = file.relative_to(base).as_posix()
-        keys += [f"{key}#{row}" for row in range(len(values))]
-        splits += [_split(file.relative_to(base))] * len(values)
+        keys += [f"{key}#{row}" for row in range(len(found))]
+        splits += [_split(file.relative_to(base))] * len(found)
     if not keys:
         raise PatchwordError(f"{root} has no rows; give files with images")
     if "" in splits and any(splits):
@@ -104,6 +108,14 @@ def _names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
+def _unlabelled(labels: Sequence[Any], where: str) -> bool:
+    """Whether a part comes without labels, as test parts of competitions do; it is left out."""
+    if not labels or any(label not in (None, -1) for label in labels):
+        return False
+    logger.warning("%s: %d images without labels are left out", where, len(labels))
+    return True
+
+
 def _classes(
     values: Sequence[Any], names: Sequence[str] | None, where: str
 ) -> tuple[tuple[str, ...], np.ndarray]:
@@ -134,8 +146,8 @@ def _split(path: Path) -> str:
 class ParquetReader:
     """Images by row; row groups are decoded once and kept, all of them or the last few used."""
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self._files = files
+    def __init__(self) -> None:
+        self._files: list[str] = []
         self._column = ""
         self._bytes = 0
         self._groups: list[tuple[int, int]] = []  # file, row group
@@ -151,9 +163,10 @@ class ParquetReader:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}, "_cache": OrderedDict()}
 
-    def add(self, metadata: Any, column: str) -> None:
+    def add(self, file: str, metadata: Any, column: str) -> None:
         """Take the next file in."""
         number = len(self._columns)
+        self._files.append(file)
         self._columns.append(column)
         for group in range(metadata.num_row_groups):
             self._groups.append((number, group))
@@ -264,9 +277,13 @@ def open_hub(name: str) -> Source:
     image, label = (_hub_column(features, names, where) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     keys: list[str] = []
     values: list[Any] = []
-    for part, data in parts.items():
+    for part, data in list(parts.items()):
+        found = list(data.select_columns([label])[:][label])
+        if _unlabelled(found, f"hub:{name} {part}"):
+            del parts[part]
+            continue
         keys += [f"{part}/{row}" for row in range(len(data))]
-        values += list(data.select_columns([label])[:][label])
+        values += found
         parts[part] = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     classes, labels = _classes(values, getattr(features[label], "names", None), f"hub:{name}")
     return Source(

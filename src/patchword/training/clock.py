@@ -5,21 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
+from patchword.training.trainer import Progress
 from patchword.types import Batch
-
-
-class HasSeconds(Protocol):
-    """The part of a run's progress that a clock keeps."""
-
-    seconds: float
 
 
 class Clock:
     """Times the steps of a run, evaluations and checkpoints left out."""
 
-    def __init__(self, progress: HasSeconds) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._mark = time.monotonic()
         self._pace = 0.0

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from patchword.parsing import Interrupted
+
 logger = logging.getLogger("patchword")
 
 
@@ -35,7 +37,7 @@ def watch_signals(received: list[int]) -> Iterator[None]:
                 name = signal.Signals(signum).name
                 logger.warning("%s: finishing this step, then saving", name)
         elif time.monotonic() > patience:
-            raise KeyboardInterrupt
+            raise Interrupted(f"stopped at once by {signal.Signals(signum).name}", signum)
 
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from PIL import Image
-
 from patchword.card import write_model_card
 from patchword.data.images import BadImage, decode
 from patchword.data.sources import Source
 from patchword.evaluation.classify import Classification
 from patchword.inspection.figures import embedding_figures
 from patchword.models.vit import ViT
-from patchword.report import Mistake, write_report
+from patchword.report import THUMBNAIL, Mistake, write_report
 
-MISTAKES, THUMBNAIL = 24, 128
+MISTAKES = 24
 
 
 def report_run(run: Path, model: ViT, source: Source, result: Classification, split: str) -> None:
@@ -40,7 +38,7 @@ def worst_mistakes(source: Source, result: Classification) -> list[Mistake]:
     for at in result.mistakes(MISTAKES):
         index = int(result.indices[at])
         try:
-            image = decode(source.read(index), source.channels)
+            image = decode(source.read(index), source.channels, at_least=(THUMBNAIL, THUMBNAIL))
         except BadImage:
             continue
         found.append(
@@ -49,14 +47,7 @@ def worst_mistakes(source: Source, result: Classification) -> list[Mistake]:
                 label=names[int(result.labels[at])],
                 predicted=names[int(result.predicted[at])],
                 probability=float(result.confidence[at]),
-                thumbnail=_thumbnail(image),
+                thumbnail=image,
             )
         )
     return found
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    scale = THUMBNAIL / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    small = max(image.size) <= THUMBNAIL // 2  # pixels of a tiny image stay visible
-    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)

@@ -34,10 +34,11 @@ from patchword.models.vit import ViT, macs
 from patchword.parsing import PatchwordError, changed
 from patchword.specs import TrainSpec, seconds, with_length
 from patchword.training.checkpoint import Checkpoints, replace_text
-from patchword.training.log import Lines, LiveLine, write_csv
-from patchword.training.loop import Run, Trainer
+from patchword.training.log import Lines, LiveLine
+from patchword.training.loop import Run
 from patchword.training.parallel import keep_memory, make_deterministic
 from patchword.training.recipes import base_spec
+from patchword.training.trainer import Trainer
 from patchword.types import Batch
 from patchword.weights.native import load_model
 from patchword.workflows import runs
@@ -365,7 +366,6 @@ def _tensorboard(run: Path, spec: TrainSpec) -> Callable[[dict[str, Any]], None]
 
 def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> TrainResult:
     """Measure the best weights, write the report, and with `summary.json` end the run."""
-    write_csv(run / "metrics.jsonl")
     progress, spec = trainer.progress, trainer.spec
     summary: dict[str, Any] = {
         "steps": progress.step,
