@@ -21,8 +21,8 @@ from tyro.conf import Positional
 
 from patchword.data.sources import open_source
 from patchword.parsing import changed
-from patchword.training.loop import Trainer
 from patchword.training.recipes import base_spec
+from patchword.training.trainer import Trainer
 from patchword.workflows import runs
 from patchword.workflows.training_run import Inputs
 from timing import record

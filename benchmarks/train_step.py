@@ -25,8 +25,8 @@ import peers
 import timing
 from patchword.models.vit import ViT
 from patchword.specs import OptimSpec, TrainSpec
-from patchword.training.loop import Trainer
 from patchword.training.parallel import resolve_precision
+from patchword.training.trainer import Trainer
 
 BASELINE = "timm float32"
 OPTIM = OptimSpec(lr=1e-4, weight_decay=0.05, clip=1.0)

@@ -35,7 +35,8 @@ class RunFacts:
 
     @property
     def model(self) -> str:
-        return str(self.config.get("model", "model"))
+        """The architecture that was trained; the named variant may have been changed."""
+        return str(self.summary.get("architecture") or self.config.get("model") or "model")
 
     @property
     def source(self) -> str:

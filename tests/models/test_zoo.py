@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchword import UsageError, create_model, list_models
-from patchword.models.zoo import SHAPES, model_cost, model_spec
+from patchword.models.zoo import SHAPES, model_cost, model_spec, variant_name
 
 # Parameters at 224 px, 1000 classes, linear head. Those of Ti/16, S/16, B/16, B/32, L/16 and H/14
 # are the ones that other libraries have too.
@@ -220,3 +220,10 @@ def test_cost_allocates_nothing():
     parameters, macs = model_cost(model_spec("ViT-G/14"))
     assert parameters > 1.8e9
     assert macs > 4e11
+
+
+def test_variant_names_come_back():
+    for name in list_models():
+        assert variant_name(model_spec(name, image_size=224 if "/14" in name else 32)) == name
+    assert variant_name(model_spec("ViT-Ti/4", depth=6, image_size=32)) == "ViT-6x192/4"
+    assert variant_name(model_spec("ViT-S/4", patch_size=(4, 8), image_size=32)) == "ViT-S/4x8"

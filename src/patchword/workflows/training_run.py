@@ -31,6 +31,7 @@ from patchword.data.splits import Division
 from patchword.data.transforms import BatchAugment, EvalTransform, TrainTransform, to_input
 from patchword.evaluation.classify import Classification, Classify
 from patchword.models.vit import ViT, macs
+from patchword.models.zoo import variant_name
 from patchword.parsing import PatchwordError, changed
 from patchword.specs import TrainSpec, seconds, with_length
 from patchword.training.checkpoint import Checkpoints, replace_text
@@ -282,7 +283,7 @@ def _say_cost(console: Console, spec: TrainSpec, model: ViT, train_images: int) 
     images, cost = steps * spec.batch_size, macs(model.spec)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"model {spec.model or spec.init}: {parameters / 1e6:.2f} M parameters, "
+        f"model {variant_name(model.spec)}: {parameters / 1e6:.2f} M parameters, "
         f"{cost / 1e9:.3g} GMACs an image; {spec.device}, {spec.precision}\n"
         f"{steps:,} steps of {spec.batch_size} = {images:,} images = "
         f"{images / train_images:.1f} epochs, {exaflops(model, images):.3g} exaFLOPs",
@@ -368,6 +369,7 @@ def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> Tr
     """Measure the best weights, write the report, and with `summary.json` end the run."""
     progress, spec = trainer.progress, trainer.spec
     summary: dict[str, Any] = {
+        "architecture": variant_name(trainer.model.spec),
         "steps": progress.step,
         "images": progress.step * spec.batch_size,
         "seconds": round(progress.seconds, 2),
