@@ -24,7 +24,7 @@ from patchword.parsing import changed
 from patchword.training.recipes import base_spec
 from patchword.training.trainer import Trainer
 from patchword.workflows import runs
-from patchword.workflows.training_run import Inputs
+from patchword.workflows.inputs import Inputs
 from timing import record
 
 PRECISIONS = ("float32", "bfloat16")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patchword.training.loop import TrainingError
-from patchword.workflows.training_run import Inputs
+from patchword.workflows.inputs import Inputs
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from patchword.parsing import Interrupted
 from patchword.training.checkpoint import Checkpoints
 from patchword.training.loop import Run
 from patchword.weights.native import find_weights, load_tensors
-from patchword.workflows.training_run import Inputs
+from patchword.workflows.inputs import Inputs
 
 KINDS = {
     "adamw-float32": {"optimizer": "adamw"},

@@ -25,8 +25,8 @@ from patchword.specs import Device, Precision
 from patchword.training.parallel import Working, resolve_device, resolve_precision
 from patchword.types import Batch
 from patchword.weights.native import load_model
+from patchword.workflows.inputs import eval_batch_size
 from patchword.workflows.runs import SPLITS, default_workers
-from patchword.workflows.training_run import eval_batch_size
 
 logger = logging.getLogger("patchword")
 

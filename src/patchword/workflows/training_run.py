@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from patchword.data.loader import (
-    ImageCache,
-    Plan,
-    cache_images,
-    eval_batches,
-    train_batches,
-    worth_caching,
-)
-from patchword.data.seeding import derived_seed
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import Division
-from patchword.data.transforms import BatchAugment, EvalTransform, TrainTransform, to_input
-from patchword.evaluation.classify import Classification, Classify
+from patchword.evaluation.classify import Classification
 from patchword.models.vit import ViT, macs
 from patchword.models.zoo import variant_name
 from patchword.parsing import PatchwordError, changed
@@ -37,12 +25,12 @@ from patchword.specs import TrainSpec, seconds, with_length
 from patchword.training.checkpoint import Checkpoints, replace_text
 from patchword.training.log import Lines, LiveLine
 from patchword.training.loop import Run
-from patchword.training.parallel import keep_memory, make_deterministic
+from patchword.training.parallel import keep_memory, make_deterministic, resolve_device
 from patchword.training.recipes import base_spec
 from patchword.training.trainer import Trainer
-from patchword.types import Batch
 from patchword.weights.native import load_model
 from patchword.workflows import runs
+from patchword.workflows.inputs import Inputs, eval_batch_size
 from patchword.workflows.reporting import report_run
 
 logger = logging.getLogger("patchword")
@@ -59,107 +47,6 @@ class TrainResult:
     """of the best weights; None if the run had been finished before"""
     summary: dict[str, Any]
     """`summary.json`: figures, speed and cost"""
-
-
-@dataclass(kw_only=True)
-class Inputs:
-    """The data of a run: batches to train on, and parts to measure on."""
-
-    source: Source
-    division: Division
-    spec: TrainSpec
-    model: ViT
-    device: torch.device
-    cached: ImageCache | None = None
-    bad: dict[int, str] = field(default_factory=dict)
-    """images that could not be read for an evaluation: position in the source -> reason"""
-
-    def __post_init__(self) -> None:
-        spec, model = self.spec, self.model
-        size, channels = model.spec.image_size, model.spec.in_channels
-        self.plan = Plan(self.division["train"], spec.batch_size, spec.seed)
-        self.transform = TrainTransform(size, channels, model.preprocess, spec.augment)
-        self.eval_transform = EvalTransform(size, channels, model.preprocess)
-        self.augment = BatchAugment(spec.augment, len(self.source.classes))
-        self.workers = spec.workers or 0
-
-    def fill_cache(self, console: Console) -> None:
-        """Decode the images once, if the per-image transform allows it and they fit in memory."""
-        indices = np.concatenate([self.division["train"], self.division["val"]])
-        wanted, fits = self.spec.data.cache, worth_caching(self.source, indices, self.transform)
-        if wanted == "on" and self.transform.random:
-            raise PatchwordError("--cache on needs a transform without random crops; --crop resize")
-        if wanted == "off" or not (fits or wanted == "on"):
-            return
-        with console.status("") as status:
-            self.cached = cache_images(
-                self.source,
-                indices,
-                self.transform,
-                workers=self.workers if len(indices) > 2000 else 0,
-                on_bad=self.spec.data.on_bad_image,
-                progress=lambda done, total: status.update(f"decoding {done:,}/{total:,} images"),
-            )
-
-    def feed(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """The training batches of positions `start` to `stop`."""
-        return train_batches(
-            self.source,
-            self.plan,
-            self.transform,
-            start=start,
-            stop=stop,
-            workers=self.workers,
-            seed=self.spec.seed,
-            on_bad=self.spec.data.on_bad_image,
-            cached=self.cached,
-        )
-
-    def prepare(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
-        """Normalised, augmented images and their targets, on the device."""
-        images = batch.images.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        generator = torch.Generator().manual_seed(derived_seed(self.spec.seed, "batch", position))
-        return self.augment(to_input(images, self.model.preprocess), labels, generator)
-
-    def note_bad(self, batch: Batch) -> None:
-        """Name each unreadable image once."""
-        for index, reason in batch.bad:
-            if index not in self.bad:
-                self.bad[index] = reason
-                logger.warning(
-                    "skipped an unreadable image: %s: %s", self.source.location(index), reason
-                )
-
-    def evaluator(self, part: str, limit: int | None = None) -> Classify:
-        """Measures a model on a part of the data, or on its first `limit` images."""
-        indices = self.division[part][:limit]
-        cached = self.cached if part == "val" else None
-
-        def batches() -> Iterator[Batch]:
-            for batch in eval_batches(
-                self.source,
-                indices,
-                self.eval_transform,
-                batch_size=eval_batch_size(self.model),
-                workers=self.workers if len(indices) > 256 else 0,
-                on_bad=self.spec.data.on_bad_image,
-                cached=cached,
-            ):
-                self.note_bad(batch)
-                yield batch
-
-        return Classify(
-            batches,
-            self.source.classes,
-            lambda images: to_input(images.to(self.device), self.model.preprocess),
-            loss=self.spec.optim.loss,
-        )
-
-
-def eval_batch_size(model: ViT) -> int:
-    """Images per batch where nothing depends on it but speed and memory."""
-    return max(16, min(512, 2**22 // math.prod(model.spec.image_size)))
 
 
 def train(
@@ -218,7 +105,7 @@ def _train(
 ) -> TrainResult:
     make_deterministic(spec.deterministic)
     keep_memory()
-    device = torch.device(spec.device)
+    device = resolve_device(spec.device)
     model = runs.build_model(spec, source)
     inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
     _say_data(console, source, division, inputs)
