@@ -273,7 +273,9 @@ def test_dropout_follows_positions_and_dense_layers_but_not_qkv(
     model = ViT(tiny(dropout=0.3, head=head)).train()
     x, hidden = (0.3, (2, 17, 24)), (0.3, (2, 17, 40))
     block = [x, hidden, x]  # projection, first and second layer of the MLP
-    assert record_drops(model, monkeypatch) == [x, *block, *block]
+    first, first_hidden = (0.3, (2, 1, 24)), (0.3, (2, 1, 40))  # all that the head will see
+    last = [first, first_hidden, first]
+    assert record_drops(model, monkeypatch) == [x, *block, *last]
 
 
 def test_no_dropout_in_evaluation_or_at_rate_zero(monkeypatch: pytest.MonkeyPatch):
@@ -345,6 +347,23 @@ def test_options_that_are_off_add_nothing():
         assert graph_nodes(model(images)) > nodes
 
 
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_forward_equals_the_head_on_the_features(options: dict[str, Any]):
+    """`forward` leaves out what no logit needs; logits and gradients are those of all tokens."""
+    torch.manual_seed(0)
+    model = ViT(tiny(**options)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images = torch.randn(3, model.spec.in_channels, *model.spec.image_size, dtype=torch.float64)
+    found = []
+    for logits in (model(images), model.classify(model.features(images).pooled)):
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        found.append((logits, *gradients))
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+
+
 # Multiply-accumulates ----------------------------------------------------------------------------
 
 
@@ -354,7 +373,7 @@ def counted_macs(spec: ViTSpec) -> int:
         model = ViT(spec).eval().requires_grad_(False)
         images = torch.empty(1, spec.in_channels, *spec.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
+        model.classify(model.features(images).pooled)
     return counter.get_total_flops() // 2
 
 

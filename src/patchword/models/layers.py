@@ -76,13 +76,22 @@ class SelfAttention(nn.Module):
         self.key_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
         self.projection = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+        """`[b, n, D]` to `[b, n, D]`, or to `[b, wanted, D]`, the first tokens alone."""
         b, n, width = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
+        if wanted is None:
+            qkv = self.qkv(x).view(b, n, 3, self.heads, -1)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x[:, :wanted], weight[:width], bias[:width])
+            q = q.view(b, -1, self.heads, width // self.heads)
+            q = q.transpose(1, 2)  # [b, h, wanted, d]
+            kv = F.linear(x, weight[width:], bias[width:]).view(b, n, 2, self.heads, -1)
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        return self.projection(attention(q, k, v).transpose(1, 2).reshape(b, n, width))
+        return self.projection(attention(q, k, v).transpose(1, 2).reshape(b, -1, width))
 
 
 class Mlp(nn.Module):
@@ -138,9 +147,11 @@ class Block(nn.Module):
         self.dropout = dropout
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = drop(self.attention(self.norm1(x)), self.dropout, self.training)
-        x = x + self._branch(y, self.scale1)
+    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+        """`[b, n, D]` to `[b, n, D]`; with `wanted`, only the first so many tokens, `[b, wanted,
+        D]`, at the cost of those: the others are looked at, not computed."""
+        y = drop(self.attention(self.norm1(x), wanted), self.dropout, self.training)
+        x = x[:, :wanted] + self._branch(y, self.scale1)
         return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
 
     def _branch(self, y: Tensor, scale: Tensor | None) -> Tensor:

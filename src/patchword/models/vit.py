@@ -72,13 +72,22 @@ class ViT(nn.Module):
         init_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classify(self.features(images).pooled)
+        self._check(images)
+        x = self.embed(images)
+        if self.spec.pool == "token":  # no other token of the last block is used
+            return self.classify(self.encode(x, wanted=1)[:, 0])
+        return self.classify(self._pooled(self.encode(x)))
 
     def features(self, images: Tensor) -> Outputs:
         """Pooled features `[B, D]`, tokens `[B, N, D]`, and the grid, of images `[B, C, H, W]`.
 
         Raises `PatchwordError` if the images are not of the size the model is for.
         """
+        self._check(images)
+        x = self.encode(self.embed(images))
+        return Outputs(self._pooled(x), x[:, self.spec.prefix :], self.spec.grid)
+
+    def _check(self, images: Tensor) -> None:
         spec = self.spec
         if tuple(images.shape[1:]) != (spec.in_channels, *spec.image_size):
             raise PatchwordError(
@@ -86,15 +95,13 @@ class ViT(nn.Module):
                 f"{spec.image_size[0]}, {spec.image_size[1]}]; resize them, or load the model "
                 "with image_size=(height, width)"
             )
-        x = self.encode(self.embed(images))
-        tokens = x[:, spec.prefix :]
+
+    def _pooled(self, x: Tensor) -> Tensor:
         if self.pool is not None:
-            pooled = self.pool(x)
-        elif spec.pool == "gap":
-            pooled = tokens.mean(1)
-        else:
-            pooled = x[:, 0]  # Eq. 4
-        return Outputs(pooled, tokens, spec.grid)
+            return self.pool(x)
+        if self.spec.pool == "gap":
+            return x[:, self.spec.prefix :].mean(1)
+        return x[:, 0]  # Eq. 4
 
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: `[B, C, H, W]` to `[B, prefix + N, D]`, the class token first, then registers."""
@@ -111,11 +118,12 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :first], self.registers.expand(b, -1, -1), x[:, first:]], dim=1)
         return drop(x, self.spec.dropout, self.training)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Eq. 2-4: the blocks and the last LayerNorm, `[B, T, D]` to `[B, T, D]`."""
-        for block in self.blocks:
+    def encode(self, x: Tensor, wanted: int | None = None) -> Tensor:
+        """Eq. 2-4: the blocks and the last LayerNorm, `[B, T, D]` to `[B, T, D]`, or with `wanted`
+        to the first so many tokens, for which the last block computes no others."""
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, wanted))
 
     def classify(self, pooled: Tensor) -> Tensor:
         """The head: `[B, D]` to logits `[B, K]`; the identity if the spec has no classes."""
@@ -182,7 +190,8 @@ def _lecun(weight: Tensor) -> None:
 
 def macs(spec: ViTSpec) -> int:
     """Multiply-accumulates of one image's forward pass: the matrix products of Eq. 1-8 and of the
-    head, not norms, softmax, GELU or additions."""
+    head, not norms, softmax, GELU or additions. `forward` needs fewer with a class token: it leaves
+    out what the last block would compute for the other tokens."""
     patches, width, hidden = math.prod(spec.grid), spec.width, spec.mlp_width
     tokens = patches + spec.prefix
     stem = patches * math.prod(spec.patch_size) * spec.in_channels * width

@@ -214,18 +214,22 @@ class Run:
             self.stop_if_asked(saved)
 
     def keep_best(self, models: dict[str, ViT], val: dict[str, dict[str, Any]]) -> None:
-        """Write the better of the weights just measured as `best`, if none were better before."""
+        """Write the better of the weights just measured as `best`, if none were better before.
+
+        Of equals the later ones: on a small val part ties are common, and weights from the end of
+        the schedule are the better bet.
+        """
         progress = self.trainer.progress
-        weights = max(val, key=lambda name: (val[name]["top1"], -val[name]["loss"]))
-        top1, loss = val[weights]["top1"], val[weights]["loss"]
-        if progress.best is None or (top1, -loss) > (progress.best, -progress.best_loss):
+        weights = max(reversed(val), key=lambda name: val[name]["top1"])  # of equals, the average
+        top1 = val[weights]["top1"]
+        if progress.best is None or top1 >= progress.best:
             write = partial(write_model, model=models[weights], step=progress.step, weights=weights)
             if self.guard(
                 lambda: self.checkpoints.save_best(
                     progress.position, lambda folder: write(folder / "model.safetensors")
                 )
             ):
-                progress.best, progress.best_loss, progress.best_weights = top1, loss, weights
+                progress.best, progress.best_weights = top1, weights
                 progress.best_step, progress.best_position = progress.step, progress.position
         if progress.best is not None:
             logger.info(
@@ -248,7 +252,7 @@ class Run:
                 *(progress.best_step, problem),
             )
             self.checkpoints.forget_best()
-            progress.best, progress.best_loss, progress.best_step = None, 0.0, 0
+            progress.best, progress.best_step = None, 0
 
     def save(self) -> int:
         """Write a checkpoint; returns the step of the newest one."""

@@ -34,8 +34,7 @@ class Progress:
     loss_count: int = 0
     """of the steps since the last log line"""
     best: float | None = None
-    """top-1 on val of the best weights; of equals, those of lower loss"""
-    best_loss: float = 0.0
+    """top-1 on val of the best weights; of equals, the later ones"""
     best_step: int = 0
     best_position: int = 0
     """names the folder of the best weights: unlike steps, positions never come twice"""
