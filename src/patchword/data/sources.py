@@ -186,7 +186,7 @@ def _digits() -> Source:
         sizes=np.full(len(images), 64, np.int64),
         reader=ArrayReader(images, "digits"),
         channels=1,
-        default_fractions=(0.08, 0.2),
+        default_fractions=(0.04, 0.2),
     )
 
 

@@ -123,13 +123,21 @@ _add(
     "scikit-learn's handwritten digits, 8 px",
     source="ours; `patchword demo` runs it",
     expected="see docs/results.md",
-    images=1_294,
+    images=1_366,
     settings={
         "model": "ViT-Ti/2",
         "image_size": [8],
         "steps": 2200,
         "batch_size": 128,
-        "options": {"depth": 4, "width": 64, "mlp_width": 256, "heads": 4, "pool": "gap"},
+        "eval_every": 550,
+        "options": {
+            "depth": 4,
+            "width": 64,
+            "mlp_width": 256,
+            "heads": 4,
+            "pool": "gap",
+            "drop_path": 0.1,
+        },
         "preprocess": {"interpolation": "bilinear", "crop_fraction": 1.0},
         "augment": {
             "crop": "resize",
