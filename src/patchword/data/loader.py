@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -324,13 +326,28 @@ def _start_worker(number: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+@contextmanager
+def _child_signals_kept() -> Iterator[None]:
+    """Undo torch's SIGCHLD handler, which raises wherever the program is when a worker dies.
+
+    Waiting for the next batch notices too, within seconds, and there the error is expected.
+    """
+    number = getattr(signal, "SIGCHLD", None)
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    yield
+    signal.signal(number, before or signal.SIG_DFL)
+
+
 def _serve(batches: Dataset[Batch], numbers: Sequence[int], workers: int) -> Iterator[Batch]:
     """`batches[n]` for each n, made ahead by worker processes if there are any."""
     if workers < 1 or len(numbers) == 0:
         for number in numbers:
             yield batches[number]
         return
-    with warnings.catch_warnings():
+    with _child_signals_kept(), warnings.catch_warnings():
         # Python 3.12 warns of fork in a process with threads, torch of more workers than cores.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -351,8 +368,8 @@ def _serve(batches: Dataset[Batch], numbers: Sequence[int], workers: int) -> Ite
             if isinstance(item, _Failure):
                 raise PatchwordError(item.message)
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise PatchwordError(
             "a data loader process died, perhaps for want of memory; use fewer --workers"
