@@ -146,9 +146,8 @@ _add(
             "scale": 0.1,
             "translate": 0.08,
             "shear": 5.0,
-            "mixup": 0.4,
         },
-        "optim": {"lr": 1e-3, "weight_decay": 0.05, "average": 0.99},
+        "optim": {"lr": 2e-3, "weight_decay": 0.05, "average": 0.99},
     },
 )
 _add(
