@@ -10,121 +10,20 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from patchword.architecture import (
+    Activation,
+    Distillation,
+    Head,
+    Interpolation,
+    Loss,
+    Pool,
+    Position,
+    PositionAt,
+    PreprocessSpec,
+    Resize,
+    require as _require,
+)
 from patchword.parsing import UsageError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)
-
-
-Pool = Literal["token", "gap", "map"]
-Head = Literal["linear", "mlp"]
-Position = Literal["learned", "sincos2d", "none"]
-Interpolation = Literal["bilinear", "bicubic"]
-Loss = Literal["softmax", "sigmoid"]
-Resize = Literal["short", "stretch"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTSpec:
-    """A Vision Transformer (paper section 3.1, table 1). Sizes in pixels, (height, width)."""
-
-    depth: int
-    width: int
-    mlp_width: int
-    heads: int
-    patch_size: tuple[int, int]
-    image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
-    """0 leaves the head out: the model returns the pooled features."""
-    pool: Pool = "token"
-    """class token (paper), global average (D.3), or multi-head attention pooling"""
-    head: Head = "linear"
-    """`mlp`: the pre-training head, one hidden layer of size `width` and tanh (section 3.1)"""
-    position: Position = "learned"
-    dropout: float = 0.0
-    """after every dense layer except qkv, and after adding the position embeddings (B.1.1)"""
-    drop_path: float = 0.0
-    """stochastic depth: 0 at the first block, rising linearly to this at the last"""
-    layer_scale: float | None = None
-    """initial value of LayerScale, None for none"""
-    registers: int = 0
-    qk_norm: bool = False
-    norm_eps: float = 1e-6
-    probability: Loss = "softmax"
-    """how logits become probabilities, as the model was trained"""
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "width", "mlp_width", "heads", "in_channels"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; it must be at least 1")
-        _require(self.num_classes >= 0, f"num_classes is {self.num_classes}; use 0 or more")
-        _require(self.registers >= 0, f"registers is {self.registers}; use 0 or more")
-        _require(
-            self.width % self.heads == 0,
-            f"width {self.width} is not a multiple of heads {self.heads}; change one of them",
-        )
-        for axis, size, patch in zip(
-            ("height", "width"), self.image_size, self.patch_size, strict=True
-        ):
-            _require(
-                patch >= 1 and size >= patch and size % patch == 0,
-                f"image {axis} {size} is not a multiple of the patch {axis} {patch}; "
-                f"use {max(1, round(size / max(patch, 1))) * patch}",
-            )
-        for name in ("dropout", "drop_path"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
-        _require(
-            self.position != "sincos2d" or (self.width >= 8 and self.width % 4 == 0),
-            f"position sincos2d needs a width of 8 or more that 4 divides, not {self.width}",
-        )
-        _require(
-            self.norm_eps > 0 and math.isfinite(self.norm_eps),
-            f"norm_eps is {self.norm_eps}; it must be positive",
-        )
-        _require(
-            self.layer_scale is None or math.isfinite(self.layer_scale),
-            f"layer_scale is {self.layer_scale}; it must be finite",
-        )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along height and width."""
-        return (
-            self.image_size[0] // self.patch_size[0],
-            self.image_size[1] // self.patch_size[1],
-        )
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patches: the class token, if any, and the registers."""
-        return (self.pool == "token") + self.registers
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSpec:
-    """How an image becomes the model's input. It travels with the weights."""
-
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """per channel, of pixel values in [0, 1]"""
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    interpolation: Interpolation = "bicubic"
-    resize: Resize = "short"
-    """`short`: the short side to image size / crop_fraction, then a centre crop.
-    `stretch`: straight to the image size, ignoring the aspect ratio."""
-    crop_fraction: float = 0.875
-
-    def __post_init__(self) -> None:
-        _require(len(self.mean) == len(self.std) > 0, "mean and std are empty or differ in length")
-        _require(all(map(math.isfinite, self.mean)), f"mean {self.mean} must be finite")
-        _require(
-            all(value > 0 and math.isfinite(value) for value in self.std),
-            f"std {self.std} must be positive",
-        )
-        _require(0 < self.crop_fraction <= 1, "crop_fraction must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,11 +174,15 @@ class ModelOptions:
     pool: Pool | None = None
     head: Head | None = None
     position: Position | None = None
+    position_at: PositionAt | None = None
     dropout: float | None = None
     drop_path: float | None = None
     layer_scale: float | None = None
     registers: int | None = None
     qk_norm: bool | None = None
+    activation: Activation | None = None
+    patch_dropout: float | None = None
+    distillation: Distillation | None = None
 
     def given(self) -> dict[str, Any]:
         """The options that are set, as keyword arguments of `create_model`."""

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchword.architecture import Activation
+from patchword.models.position import PositionRule
+
 
 class PatchEmbedding(nn.Module):
     """Images to patch vectors by one matrix product (Eq. 1): float `[B, C, H, W]` to `[B, N, D]`.
@@ -33,33 +36,36 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches, self.weight, self.bias)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Eq. 6 and 7 as they stand: softmax(q k^T / sqrt(d)) v, all `[b, h, n, d]`."""
-    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
-    return weights @ v
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Eq. 6 and 7 as they stand: softmax(q k^T / sqrt(d) + bias) v, all `[b, h, n, d]`, the bias
+    `[b, h, n, n]`."""
+    logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return (logits if bias is None else logits + bias).softmax(-1) @ v
 
 
-def attention_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The reference with the scale moved to the queries, as batched products over b * h."""
     b, h, n, d = q.shape
     scaled = (q * d**-0.5).reshape(b * h, n, d)
     keys, values = k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
-    weights = torch.bmm(scaled, keys.transpose(1, 2)).softmax(-1)
-    return torch.bmm(weights, values).view(b, h, n, d)
+    logits = torch.bmm(scaled, keys.transpose(1, 2))
+    if bias is not None:
+        logits = logits + bias.reshape(b * h, n, -1)
+    return torch.bmm(logits.softmax(-1), values).view(b, h, n, d)
 
 
 MATMUL_TOKENS = 2048
 """Beyond this the n x n weights cost more memory than the products save time."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The fastest exact attention for this device and dtype; `[b, h, n, d]` each.
 
     PyTorch's fused CPU kernel gains nothing from bfloat16, so there the products are explicit.
     """
     if q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape[2] <= MATMUL_TOKENS:
-        return attention_matmul(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+        return attention_matmul(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 class SelfAttention(nn.Module):
@@ -76,7 +82,9 @@ class SelfAttention(nn.Module):
         self.key_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
         self.projection = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, wanted: int | None = None, position: PositionRule | None = None
+    ) -> Tensor:
         """`[b, n, D]` to `[b, n, D]`, or to `[b, wanted, D]`, the first tokens alone."""
         b, n, width = x.shape
         if wanted is None:
@@ -91,21 +99,36 @@ class SelfAttention(nn.Module):
             k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        return self.projection(attention(q, k, v).transpose(1, 2).reshape(b, -1, width))
+        bias = None
+        if position is not None:
+            q, k, bias = position(q, k)
+        return self.projection(attention(q, k, v, bias).transpose(1, 2).reshape(b, -1, width))
 
 
 class Mlp(nn.Module):
-    """Two dense layers with exact GELU between, each followed by dropout (section 3.1)."""
+    """Two dense layers with GELU between, each followed by dropout (section 3.1).
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+    With `swiglu` (arXiv 2002.05202) the first is twice as wide: SiLU of its first half times its
+    second half go on.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, activation: Activation = "gelu", dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.hidden = nn.Linear(width, hidden)
+        self.activation = activation
+        self.hidden = nn.Linear(width, hidden * (2 if activation == "swiglu" else 1))
         self.output = nn.Linear(hidden, width)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = drop(F.gelu(self.hidden(x)), self.dropout, self.training)
-        return drop(self.output(x), self.dropout, self.training)
+        x = self.hidden(x)
+        if self.activation == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return drop(self.output(drop(x, self.dropout, self.training)), self.dropout, self.training)
 
 
 def drop(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -122,6 +145,17 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     return x * keep
 
 
+def drop_patches(x: Tensor, prefix: int, rate: float) -> Tensor:
+    """A random choice of each image's patches, at least one, in order, after the first `prefix`
+    tokens: `[b, prefix + n, D]` to `[b, prefix + m, D]` (arXiv 2212.00794)."""
+    b, tokens, width = x.shape
+    patches = tokens - prefix
+    kept = max(1, round(patches * (1 - rate)))
+    order = torch.rand(b, patches, device=x.device).argsort(1)[:, :kept].sort(1).values + prefix
+    chosen = x.gather(1, order[:, :, None].expand(b, kept, width))
+    return torch.cat([x[:, :prefix], chosen], dim=1)
+
+
 class Block(nn.Module):
     """One encoder block (Eq. 2 and 3), pre-norm, over `[b, n, D]`."""
 
@@ -131,6 +165,7 @@ class Block(nn.Module):
         heads: int,
         mlp_width: int,
         *,
+        activation: Activation = "gelu",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
@@ -141,16 +176,18 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads, qk_norm=qk_norm, eps=eps)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, mlp_width, dropout)
+        self.mlp = Mlp(width, mlp_width, activation, dropout)
         self.scale1 = None if layer_scale is None else nn.Parameter(torch.empty(width))
         self.scale2 = None if layer_scale is None else nn.Parameter(torch.empty(width))
         self.dropout = dropout
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, wanted: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, wanted: int | None = None, position: PositionRule | None = None
+    ) -> Tensor:
         """`[b, n, D]` to `[b, n, D]`; with `wanted`, only the first so many tokens, `[b, wanted,
         D]`, at the cost of those: the others are looked at, not computed."""
-        y = drop(self.attention(self.norm1(x), wanted), self.dropout, self.training)
+        y = drop(self.attention(self.norm1(x), wanted, position), self.dropout, self.training)
         x = x[:, :wanted] + self._branch(y, self.scale1)
         return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
 
@@ -162,7 +199,14 @@ class AttentionPool(nn.Module):
     """Multi-head attention pooling: a learned probe attends to all tokens, then a residual MLP
     (Lee et al., Set Transformer; the MAP head of big_vision). `[b, n, D]` to `[b, D]`."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        activation: Activation = "gelu",
+        eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.probe = nn.Parameter(torch.empty(1, 1, width))
@@ -170,7 +214,7 @@ class AttentionPool(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.projection = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, mlp_width)
+        self.mlp = Mlp(width, mlp_width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, width = x.shape

@@ -1,4 +1,7 @@
-"""Position embeddings: fixed sin-cos, and 2-D resampling of learned tables to any grid."""
+"""Where a patch is: the position embeddings of table 8, sin-cos and rotary, and their resampling.
+
+Two kinds of module: tables that are added to tokens, and rules that act inside attention.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,160 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from patchword.architecture import ViTSpec
+
+Grid = tuple[int, int]
 
 
-def resample_position_embedding(
-    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Tensor:
+class PositionTable(nn.Module):
+    """Calling it gives `[1, T, D]` to add to the last T tokens, or to the leading ones and the
+    patches where registers stand between."""
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+
+class Learned1d(PositionTable):
+    """One vector for each leading token and patch, row by row (the paper's choice)."""
+
+    def __init__(self, leading: int, grid: Grid, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(1, leading + math.prod(grid), width))
+
+    def forward(self) -> Tensor:
+        return self.table
+
+
+class Learned2d(PositionTable):
+    """Half of a patch's vector for its column (x), half for its row (y), D.4; the leading tokens
+    have none, as they are learned themselves."""
+
+    def __init__(self, grid: Grid, width: int) -> None:
+        super().__init__()
+        self.columns = nn.Parameter(torch.empty(1, grid[1], width // 2))
+        self.rows = nn.Parameter(torch.empty(1, grid[0], width // 2))
+
+    def forward(self) -> Tensor:
+        rows, columns, half = self.rows.shape[1], self.columns.shape[1], self.rows.shape[2]
+        x = self.columns[:, None].expand(1, rows, columns, half)
+        y = self.rows[:, :, None].expand(1, rows, columns, half)
+        return torch.cat([x, y], dim=-1).flatten(1, 2)
+
+
+class SinCos2d(PositionTable):
+    """The fixed table of `sincos_2d`."""
+
+    def __init__(self, grid: Grid, width: int) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # also where the model itself is built without memory
+            self.register_buffer("table", sincos_2d(grid, width), persistent=False)
+        self.table: Tensor
+
+    def forward(self) -> Tensor:
+        return self.table
+
+
+class PositionRule(nn.Module):
+    """Acts on queries `[b, h, q, d]` (the first q of the tokens) and keys `[b, h, T, d]`: returns
+    both, and a bias `[b, h, q, T]` for the scaled logits, or None."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        raise NotImplementedError
+
+
+class Relative(PositionRule):
+    """D.4's relative embeddings: the query times an embedding of the 1-D offset from query to key,
+    over all tokens in sequence, scaled as the logits are and added to them."""
+
+    def __init__(self, tokens: int, head_width: int) -> None:
+        super().__init__()
+        self.offsets = nn.Parameter(torch.empty(2 * tokens - 1, head_width))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        queries, keys = q.shape[2], k.shape[2]
+        logits = q @ self.offsets.t() * q.shape[-1] ** -0.5  # [b, h, q, 2 T - 1]
+        place = torch.arange(keys, device=q.device)
+        offset = place[:queries, None] - place + keys - 1
+        return q, k, logits.gather(-1, offset.expand(*q.shape[:2], queries, keys))
+
+
+class Rotary(PositionRule):
+    """Rotary 2-D positions as in DINOv3 (arXiv 2508.10104; RoPE, arXiv 2104.09864).
+
+    Patch centres along each axis, from -1 to 1, times 2 pi / period, for d / 4 periods from 1 up to
+    `base`; half of a head's pairs of channels turn with the row, half with the column. Tokens
+    before the patches do not turn.
+    """
+
+    def __init__(self, grid: Grid, head_width: int, base: float = 100.0) -> None:
+        super().__init__()
+        quarter = head_width // 4
+        with torch.device("cpu"):
+            rate = 2 * math.pi * base ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+            axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in grid]
+            y, x = torch.meshgrid(*axes, indexing="ij")
+            angles = torch.cat([y.reshape(-1, 1) * rate, x.reshape(-1, 1) * rate], dim=1)
+            angles = angles.repeat(1, 2)  # [N, d]
+            self.register_buffer("cos", angles.cos().float(), persistent=False)
+            self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        first = k.shape[2] - len(self.cos)
+        return self._turned(q, first), self._turned(k, first), None
+
+    def _turned(self, x: Tensor, first: int) -> Tensor:
+        patches = x[:, :, first:]
+        seen = patches.shape[2]  # 0 where only leading tokens ask
+        if not seen:
+            return x
+        low, high = patches.chunk(2, dim=-1)
+        cos, sin = self.cos[:seen].to(x.dtype), self.sin[:seen].to(x.dtype)
+        turned = patches * cos + torch.cat([-high, low], dim=-1) * sin
+        return torch.cat([x[:, :, :first], turned], dim=2)
+
+
+def create_position(spec: ViTSpec) -> PositionTable | PositionRule:
+    """A freshly made module of the spec's kind, its parameters not yet initialised."""
+    head_width = spec.width // spec.heads
+    match spec.position:
+        case "learned-1d":
+            return Learned1d(spec.leading, spec.grid, spec.width)
+        case "learned-2d":
+            return Learned2d(spec.grid, spec.width)
+        case "sincos2d":
+            return SinCos2d(spec.grid, spec.width)
+        case "relative":
+            return Relative(spec.prefix + math.prod(spec.grid), head_width)
+        case "rotary":
+            return Rotary(spec.grid, head_width)
+        case "none":
+            raise ValueError("position none has no module")
+
+
+def sincos_2d(grid: Grid, width: int, temperature: float = 10_000.0) -> Tensor:
+    """The fixed 2-D sine-cosine table, float32 `[1, N, D]` ("Better plain ViT baselines").
+
+    A quarter of the width each for sin x, cos x, sin y, cos y. Raises `ValueError` unless 4 divides
+    D and D is 8 or more."""
+    if width % 4 or width < 8:
+        raise ValueError(f"sincos2d needs a width of 8 or more that 4 divides, not {width}")
+    quarter = width // 4
+    frequencies = temperature ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
+    rows, columns = torch.meshgrid(
+        *(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij"
+    )
+    x, y = columns.reshape(-1, 1) * frequencies, rows.reshape(-1, 1) * frequencies
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()[None]
+
+
+# Resampling --------------------------------------------------------------------------------------
+
+
+def resample_position_embedding(table: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
     """A position table for another grid of patches, interpolated in 2-D (section 3.2).
 
     `table` is float `[..., T + N, D]` with N = rows * columns of `old_grid`, row by row; the
@@ -33,17 +184,40 @@ def resample_position_embedding(
     return torch.cat([prefix, resampled.to(table.dtype)], dim=-2)
 
 
-def sincos_2d(grid: tuple[int, int], width: int, temperature: float = 10_000.0) -> Tensor:
-    """The fixed 2-D sine-cosine table, float32 `[1, N, D]` ("Better plain ViT baselines").
+def resample_offsets(table: Tensor, prefix: int, old_grid: Grid, new_grid: Grid) -> Tensor:
+    """A `Relative` table `[2 T - 1, d]` for another grid, T = `prefix` + N tokens.
 
-    A quarter of the width each for sin x, cos x, sin y, cos y. Raises `ValueError` unless 4 divides
-    D and D is 8 or more."""
-    if width % 4 or width < 8:
-        raise ValueError(f"sincos2d needs a width of 8 or more that 4 divides, not {width}")
-    quarter = width // 4
-    frequencies = temperature ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
-    rows, columns = torch.meshgrid(
-        *(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij"
-    )
-    x, y = columns.reshape(-1, 1) * frequencies, rows.reshape(-1, 1) * frequencies
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()[None]
+    A new offset is taken apart into rows and columns (of the ways to do so, the one with the fewest
+    columns), these are scaled to the old grid, and the table is read there, linearly.
+    """
+    if old_grid == new_grid:
+        return table
+    (old_rows, old_columns), (rows, columns) = old_grid, new_grid
+    tokens, old_tokens = prefix + rows * columns, prefix + old_rows * old_columns
+    offset = torch.arange(1 - tokens, tokens, dtype=torch.float64)
+    down = torch.floor((offset + columns / 2) / columns)
+    across = offset - down * columns
+    place = down * (old_rows / rows) * old_columns + across * (old_columns / columns)
+    place = (place + old_tokens - 1).clamp(0, 2 * old_tokens - 2)
+    low = place.floor().long().clamp(max=2 * old_tokens - 3) if old_tokens > 1 else place.long()
+    share = (place - low).to(table.dtype)[:, None]
+    return torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], share)
+
+
+def resample_positions(tensors: dict[str, Tensor], old: ViTSpec, new: ViTSpec) -> bool:
+    """Fit the position parameters among a ViT's `tensors`, in place, to another image size;
+    whether any changed."""
+    found = False
+    for name in [name for name in tensors if name.startswith("positions.")]:
+        value, kind = tensors[name], name.rsplit(".", 1)[1]
+        if kind == "table":
+            fitted = resample_position_embedding(value, old.grid, new.grid)
+        elif kind == "offsets":
+            fitted = resample_offsets(value, old.prefix, old.grid, new.grid)
+        else:
+            axis = 0 if kind == "rows" else 1
+            before, after = old.grid[axis], new.grid[axis]
+            fitted = resample_position_embedding(value, (before, 1), (after, 1))
+        found |= fitted is not value
+        tensors[name] = fitted
+    return found

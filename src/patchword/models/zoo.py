@@ -9,9 +9,21 @@ from typing import Any
 
 import torch
 
-from patchword.models.vit import ViT, macs
-from patchword.parsing import UsageError, nearest, parse, to_dict
-from patchword.specs import PreprocessSpec, ViTSpec
+from patchword.architecture import (
+    FAMILIES,
+    MixerSpec,
+    ModelSpec,
+    PreprocessSpec,
+    ResNetSpec,
+    StemSpec,
+    ViTSpec,
+)
+from patchword.models import mixer, resnet, vit
+from patchword.models.mixer import Mixer
+from patchword.models.model import Model
+from patchword.models.resnet import ResNet
+from patchword.models.vit import ViT
+from patchword.parsing import PatchwordError, UsageError, nearest, parse, to_dict
 
 
 @dataclass(frozen=True)
@@ -37,12 +49,62 @@ SHAPES = {
     "G": Shape(48, 1664, 8192, 16),
 }
 PATCHES = (8, 14, 16, 32)
-NAME = re.compile(r"ViT-(\w+)/([1-9]\d*)")
+NAME = re.compile(r"(?:(R\d*)\+)?(ViT|Mixer)-(\w+)/([1-9]\d*)")
+
+STEMS = {
+    ("R", 16): (),
+    ("R26", 32): (2, 2, 2, 2),
+    ("R50", 32): (3, 4, 6, 3),  # section 3.1, kind (i): the output of stage 4
+    ("R50", 16): (3, 4, 9),  # kind (ii): stage 4's blocks in stage 3
+}
+"""A hybrid's stem, by its name and the total stride."""
+HYBRIDS = (
+    *("R+ViT-Ti/16", "R26+ViT-S/32", "R50+ViT-B/32", "R50+ViT-B/16"),
+    *("R50+ViT-L/32", "R50+ViT-L/16"),
+)
+RESNETS = {
+    "BiT-R50x1": ((3, 4, 6, 3), 1),
+    "BiT-R50x2": ((3, 4, 6, 3), 2),
+    "BiT-R101x1": ((3, 4, 23, 3), 1),
+    "BiT-R152x1": ((3, 8, 36, 3), 1),
+    "BiT-R152x2": ((3, 8, 36, 3), 2),
+    "BiT-R200x3": ((3, 24, 36, 3), 3),
+}
+"""Blocks per stage and width factor (tables 2 and 6)."""
+MIXERS = {
+    "S": {"depth": 8, "width": 512, "tokens_mlp_width": 256, "channels_mlp_width": 2048},
+    "B": {"depth": 12, "width": 768, "tokens_mlp_width": 384, "channels_mlp_width": 3072},
+    "L": {"depth": 24, "width": 1024, "tokens_mlp_width": 512, "channels_mlp_width": 4096},
+}
+"""arXiv 2105.01601, table 1."""
 
 
 def list_models() -> list[str]:
-    """Names of the standard variants, smallest first. Other patch sizes work too: `ViT-Ti/4`."""
-    return [f"ViT-{shape}/{patch}" for shape in SHAPES for patch in PATCHES]
+    """Names of the standard variants, by family and smallest first. Other patch sizes of ViT and
+    Mixer work too: `ViT-Ti/4`."""
+    vits = [f"ViT-{shape}/{patch}" for shape in SHAPES for patch in PATCHES]
+    mixers = ["Mixer-S/32", "Mixer-S/16", "Mixer-B/32", "Mixer-B/16", "Mixer-L/16"]
+    return [*vits, *HYBRIDS, *RESNETS, *mixers]
+
+
+def _row(name: str) -> tuple[type[ModelSpec], dict[str, Any]] | None:
+    """The family and the fields that a name stands for."""
+    if name in RESNETS:
+        layers, factor = RESNETS[name]
+        return ResNetSpec, {"layers": layers, "width_factor": factor}
+    match = NAME.fullmatch(name)
+    if not match:
+        return None
+    stem, kind, shape, patch = match[1], match[2], match[3], int(match[4])
+    fields: dict[str, Any] = {"patch_size": (patch, patch), "image_size": (patch, patch)}
+    if kind == "Mixer" and shape in MIXERS and not stem:
+        return MixerSpec, fields | MIXERS[shape]
+    if kind == "ViT" and shape in SHAPES:
+        if stem and (stem, patch) not in STEMS:
+            return None
+        layers = StemSpec(layers=STEMS[stem, patch]) if stem else None
+        return ViTSpec, fields | vars(SHAPES[shape]) | {"stem": layers}
+    return None
 
 
 def model_spec(
@@ -52,31 +114,27 @@ def model_spec(
     image_size: int | tuple[int, int] = 224,
     in_channels: int = 3,
     **options: Any,
-) -> ViTSpec:
+) -> ModelSpec:
     """The spec of a named variant with some fields changed. Names are case-sensitive (`ViT-b` is
     not `ViT-B`). Raises `UsageError` on unknown names and options, with the nearest valid."""
-    match = NAME.fullmatch(name)
-    if not match or match[1] not in SHAPES:
+    row = _row(name)
+    if row is None:
         raise UsageError(f"unknown model {name!r}{nearest(name, list_models())}")
-    fields = {f.name for f in dataclasses.fields(ViTSpec)}
+    family, base = row
+    fields = {f.name for f in dataclasses.fields(family)}
     for option in options:
         if option not in fields:
-            raise UsageError(f"unknown model option {option!r}{nearest(option, sorted(fields))}")
-    patch = int(match[2])
-    base = ViTSpec(
-        **vars(SHAPES[match[1]]),
-        patch_size=(patch, patch),
-        image_size=(patch, patch),
-    )
+            hint = nearest(option, sorted(fields))
+            raise UsageError(f"unknown option {option!r} of {name}{hint}")
     if isinstance(options.get("patch_size"), int):
         options["patch_size"] = (options["patch_size"],) * 2
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    values = to_dict(base) | {
+    values = to_dict(family(**base)) | {
         "num_classes": num_classes,
         "image_size": size,
         "in_channels": in_channels,
     }
-    return parse(ViTSpec, values | options)
+    return parse(family, values | options)
 
 
 def create_model(
@@ -88,32 +146,96 @@ def create_model(
     preprocess: PreprocessSpec | None = None,
     classes: tuple[str, ...] = (),
     **options: Any,
-) -> ViT:
+) -> Model:
     """A freshly initialised model.
 
-    `image_size` in pixels, one side or (height, width), multiples of the patch size.
-    `num_classes=0` leaves out the head. `options` are fields of `ViTSpec`:
+    `image_size` in pixels, one side or (height, width), multiples of the patch size (a BiT ResNet
+    takes any). `num_classes=0` leaves out the head. `options` are fields of the family's spec:
     `create_model("ViT-B/16", pool="gap", drop_path=0.1)`, `create_model("ViT-Ti/4", 10, 32,
     depth=9)`. Raises `UsageError` on unknown names, options and values, naming the nearest valid.
     """
     spec = model_spec(
         name, num_classes=num_classes, image_size=image_size, in_channels=in_channels, **options
     )
-    return ViT(spec, preprocess=preprocess, classes=classes)
+    return build_model(spec, preprocess=preprocess, classes=classes)
 
 
-def variant_name(spec: ViTSpec) -> str:
+def build_model(
+    spec: ModelSpec, *, preprocess: PreprocessSpec | None = None, classes: tuple[str, ...] = ()
+) -> Model:
+    """A freshly initialised model of `spec`'s family."""
+    match spec:
+        case ViTSpec():
+            return ViT(spec, preprocess=preprocess, classes=classes)
+        case ResNetSpec():
+            return ResNet(spec, preprocess=preprocess, classes=classes)
+        case MixerSpec():
+            return Mixer(spec, preprocess=preprocess, classes=classes)
+        case _:
+            raise TypeError(f"{type(spec).__name__} is no family of models")
+
+
+def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
+    """The JSON form of a spec, its family with it."""
+    family = next(name for name, cls in FAMILIES.items() if type(spec) is cls)
+    return {"family": family} | to_dict(spec)
+
+
+def spec_from_dict(values: dict[str, Any]) -> ModelSpec:
+    """The spec of `spec_to_dict`. Raises `UsageError` on unknown families, keys and values."""
+    family = values.get("family")
+    if family not in FAMILIES:
+        raise UsageError(f"unknown family {family!r}{nearest(str(family), FAMILIES)}")
+    return parse(FAMILIES[family], {k: v for k, v in values.items() if k != "family"})
+
+
+def resized(spec: ModelSpec, image_size: tuple[int, int]) -> ModelSpec:
+    """The same model for another image size. Raises `PatchwordError` if it takes no other."""
+    if isinstance(spec, MixerSpec) and tuple(image_size) != spec.image_size:
+        raise PatchwordError(
+            f"a Mixer takes images of its own size only, {spec.image_size[0]} x "
+            f"{spec.image_size[1]}; leave out the image size"
+        )
+    return parse(type(spec), to_dict(spec) | {"image_size": list(image_size)})
+
+
+def variant_name(spec: ModelSpec) -> str:
     """The name of a spec's variant, such as `ViT-S/16`; `ViT-6x128/4` (depth, width) if it is none
     of the table's."""
-    shape = Shape(spec.depth, spec.width, spec.mlp_width, spec.heads)
-    known = next((name for name, row in SHAPES.items() if row == shape), None)
+    if isinstance(spec, ResNetSpec):
+        row = (spec.layers, spec.width_factor)
+        known = next((name for name, known in RESNETS.items() if known == row), None)
+        return known or f"BiT-{'.'.join(map(str, spec.layers))}x{spec.width_factor}"
+    assert isinstance(spec, (ViTSpec, MixerSpec))
     rows, columns = spec.patch_size
     patch = str(rows) if rows == columns else f"{rows}x{columns}"
-    return f"ViT-{known or f'{spec.depth}x{spec.width}'}/{patch}"
+    if isinstance(spec, MixerSpec):
+        known = next((n for n, r in MIXERS.items() if r.items() <= vars(spec).items()), None)
+        return f"Mixer-{known or f'{spec.depth}x{spec.width}'}/{patch}"
+    shape = Shape(spec.depth, spec.width, spec.mlp_width, spec.heads)
+    known = next((name for name, row in SHAPES.items() if row == shape), None)
+    stem = ""
+    if spec.stem is not None:
+        names = (n for (n, stride), r in STEMS.items() if (r, stride) == (spec.stem.layers, rows))
+        stem = next(names, "R" + ".".join(map(str, spec.stem.layers))) + "+"
+    return f"{stem}ViT-{known or f'{spec.depth}x{spec.width}'}/{patch}"
 
 
-def model_cost(spec: ViTSpec) -> tuple[int, int]:
+def macs(spec: ModelSpec) -> int:
+    """Multiply-accumulates of one image's forward pass, by the family's formula."""
+    match spec:
+        case ViTSpec():
+            return vit.macs(spec)
+        case ResNetSpec():
+            return resnet.macs(spec)
+        case MixerSpec():
+            return mixer.macs(spec)
+        case _:
+            raise TypeError(f"{type(spec).__name__} is no family of models")
+
+
+def model_cost(spec: ModelSpec) -> tuple[int, int]:
     """(parameters, multiply-accumulates per image), without allocating the model."""
     with torch.device("meta"):
-        model = ViT(spec)
+        model = build_model(spec)
     return sum(p.numel() for p in model.parameters()), macs(spec)

@@ -1,0 +1,77 @@
+"""What every family of models has in common: images in, pooled features, a head."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from patchword.architecture import ModelSpec, PreprocessSpec
+from patchword.parsing import PatchwordError
+from patchword.types import Outputs
+
+
+class Model(nn.Module):
+    """A model as its `spec` describes it.
+
+    `model(images)`: float `[B, C, H, W]`, normalised by `preprocess.mean` and `.std`, to logits
+    `[B, K]`, or to the pooled features `[B, D]` if the spec has no classes. `classes` names the
+    logits; it is empty if nobody has named them.
+    """
+
+    HEADS: ClassVar[tuple[str, ...]] = ("head.", "pre_logits.")
+    """how the names of the tensors begin that belong to the classes, not to the body"""
+
+    def __init__(
+        self, spec: ModelSpec, preprocess: PreprocessSpec | None, classes: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.preprocess = preprocess or PreprocessSpec()
+        self.classes = classes
+        self.spec: ModelSpec = spec
+        self.head: nn.Linear | None = None
+
+    def features(self, images: Tensor) -> Outputs:
+        """Pooled features `[B, D]`, tokens `[B, N, D]`, and the grid, of images `[B, C, H, W]`.
+
+        Raises `PatchwordError` if the images are not of the size the model is for.
+        """
+        raise NotImplementedError
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """The head: `[B, D]` to logits `[B, K]`; the identity if the spec has no classes."""
+        return pooled if self.head is None else self.head(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images).pooled)
+
+    def check(self, images: Tensor) -> None:
+        """Raises `PatchwordError` unless `images` are of the spec's size."""
+        spec = self.spec
+        if tuple(images.shape[1:]) != (spec.in_channels, *spec.image_size):
+            raise PatchwordError(
+                f"images are {list(images.shape)}, the model takes [B, {spec.in_channels}, "
+                f"{spec.image_size[0]}, {spec.image_size[1]}]; resize them, or load the model "
+                "with image_size=(height, width)"
+            )
+
+
+def init_head(head: nn.Linear | None) -> None:
+    """Zero, as the paper's new heads are (section 3.2)."""
+    if head is not None:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+
+
+def init_lecun(weight: Tensor) -> None:
+    """Truncated normal whose standard deviation after truncation is 1 / sqrt(fan-in); `weight` is
+    `[out, in]` or `[out, in, kh, kw]`."""
+    std = 1 / (0.87962566103423978 * math.sqrt(weight[0].numel()))
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """Xavier uniform weight, zero bias."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
