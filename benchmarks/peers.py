@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchword.architecture import ViTSpec
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
 from patchword.parsing import PatchwordError, nearest, to_dict
-from patchword.specs import ViTSpec
 from timing import Options
 
 # Parameter names of patchword to those of a library: regular expressions, applied in order.

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchword
+from patchword.architecture import PreprocessSpec, ViTSpec
 from patchword.parsing import (
     PatchwordError,
     UsageError,
@@ -30,9 +31,7 @@ from patchword.specs import (
     ModelOptions,
     OptimSpec,
     PreprocessOptions,
-    PreprocessSpec,
     TrainSpec,
-    ViTSpec,
     seconds,
     with_length,
 )

@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchword.architecture import ViTSpec
     from patchword.evaluation.classify import Classification
+    from patchword.models.model import Model
     from patchword.models.position import resample_position_embedding
     from patchword.models.vit import ViT
     from patchword.models.zoo import create_model, list_models
     from patchword.parsing import PatchwordError, UsageError
-    from patchword.specs import TrainSpec, ViTSpec
+    from patchword.specs import TrainSpec
     from patchword.weights.native import load_model, save_model
     from patchword.workflows.measuring import Evaluation, Prediction, evaluate, predict
     from patchword.workflows.training_run import TrainResult, train
@@ -22,8 +24,9 @@ _HOMES = {
     "create_model": "models.zoo",
     "list_models": "models.zoo",
     "resample_position_embedding": "models.position",
+    "Model": "models.model",
     "ViT": "models.vit",
-    "ViTSpec": "specs",
+    "ViTSpec": "architecture",
     "TrainSpec": "specs",
     "PatchwordError": "parsing",
     "UsageError": "parsing",
@@ -41,6 +44,7 @@ _HOMES = {
 __all__ = [
     "Classification",
     "Evaluation",
+    "Model",
     "PatchwordError",
     "Prediction",
     "TrainResult",

@@ -262,9 +262,7 @@ class MixerSpec(ModelSpec):
         super().__post_init__()
         self.check_positive("depth", "width", "tokens_mlp_width", "channels_mlp_width")
         _check_patches(self.image_size, self.patch_size)
-        require(
-            0 <= self.drop_path < 1, f"drop_path is {self.drop_path}; it must be in [0, 1)"
-        )
+        require(0 <= self.drop_path < 1, f"drop_path is {self.drop_path}; it must be in [0, 1)")
         _check_eps("norm_eps", self.norm_eps)
 
     @property

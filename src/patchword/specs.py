@@ -21,6 +21,8 @@ from patchword.architecture import (
     PositionAt,
     PreprocessSpec,
     Resize,
+)
+from patchword.architecture import (
     require as _require,
 )
 from patchword.parsing import UsageError

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchword.architecture import PreprocessSpec
 from patchword.data.loader import (
     OnBad,
     Plan,
@@ -25,7 +26,7 @@ from patchword.data.loader import (
 from patchword.data.sources import open_source
 from patchword.data.transforms import EvalTransform, TrainTransform
 from patchword.parsing import PatchwordError
-from patchword.specs import AugmentSpec, PreprocessSpec
+from patchword.specs import AugmentSpec
 
 SIZE = (8, 8)
 RANDOM = TrainTransform(SIZE, 3, PreprocessSpec(), AugmentSpec(randaugment_layers=1))
@@ -315,7 +316,8 @@ import numpy as np
 from patchword.data.loader import Plan, train_batches
 from patchword.data.sources import open_source
 from patchword.data.transforms import TrainTransform
-from patchword.specs import (AugmentSpec, PreprocessSpec)
+from patchword.architecture import PreprocessSpec
+from patchword.specs import AugmentSpec
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from patchword.architecture import PreprocessSpec
 from patchword.data.images import decode
 from patchword.data.transforms import (
     BatchAugment,
@@ -18,7 +19,7 @@ from patchword.data.transforms import (
     to_input,
 )
 from patchword.parsing import PatchwordError, parse
-from patchword.specs import AugmentSpec, PreprocessSpec
+from patchword.specs import AugmentSpec
 
 
 def generator(seed=0):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from patchword.architecture import Pool, Position, ViTSpec
 from patchword.inspection import figures
 from patchword.inspection.embedding import position_similarity
 from patchword.inspection.figures import Series
 from patchword.models.vit import ViT
-from patchword.specs import Pool, Position, ViTSpec
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from patchword.architecture import ViTSpec
 from patchword.models import vit
 from patchword.models.layers import SelfAttention
 from patchword.models.vit import ViT, macs
 from patchword.models.zoo import create_model, model_spec
 from patchword.parsing import PatchwordError
-from patchword.specs import ViTSpec
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]

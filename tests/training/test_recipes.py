@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from patchword.architecture import PreprocessSpec, ViTSpec
 from patchword.data.transforms import BatchAugment, TrainTransform
 from patchword.models.zoo import create_model, model_spec
 from patchword.parsing import UsageError, differences
-from patchword.specs import PreprocessSpec, TrainSpec, ViTSpec
+from patchword.specs import TrainSpec
 from patchword.training.optim import build_optimizer, learning_rate, span
 from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge, recipe_spec
 from patchword.workflows.runs import recipe_cost

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from patchword import PatchwordError, UsageError, create_model, load_model, save_model
+from patchword.architecture import PreprocessSpec
 from patchword.models.position import resample_position_embedding
 from patchword.models.vit import ViT
-from patchword.specs import PreprocessSpec
 from patchword.weights.native import (
     find_weights,
     load_tensors,

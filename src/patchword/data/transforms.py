@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from patchword.architecture import PreprocessSpec
 from patchword.data.images import MODES, BadImage, decode
 from patchword.data.randaugment import randaugment
 from patchword.parsing import PatchwordError
-from patchword.specs import AugmentSpec, PreprocessSpec
+from patchword.specs import AugmentSpec
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -20,6 +20,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from patchword.inspection.embedding import embedding_filters, position_similarity
+from patchword.models.mixer import Mixer
+from patchword.models.model import Model
+from patchword.models.position import Learned1d, Learned2d
 from patchword.models.vit import ViT
 
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B7280"
@@ -38,16 +41,20 @@ class Series:
     smooth: bool = False
 
 
-def embedding_figures(model: ViT) -> dict[str, bytes]:
+def embedding_figures(model: Model) -> dict[str, bytes]:
     """Title -> PNG of what the model's embeddings have learned (figure 7 left and centre): its
-    filters, and the similarity of its position embeddings if it has a learned table."""
-    spec = model.spec
-    filters = embedding_filters(model.patch_embedding.weight, spec.patch_size, spec.in_channels)
-    figures = {"Patch embedding filters": draw_filters(*filters)}
-    if model.position_embedding is not None:
-        table = model.position_embedding[0, -spec.grid[0] * spec.grid[1] :]
-        similarity = position_similarity(table, spec.grid)
-        figures["Position embedding similarity"] = draw_position_similarity(similarity)
+    filters, if it cuts the image itself into patches, and the similarity of its position
+    embeddings, if it learns a table of them."""
+    figures: dict[str, bytes] = {}
+    if isinstance(model, Mixer) or (isinstance(model, ViT) and model.stem is None):
+        embedding, channels = model.patch_embedding, model.spec.in_channels
+        filters = embedding_filters(embedding.weight, embedding.patch_size, channels)
+        figures["Patch embedding filters"] = draw_filters(*filters)
+    if isinstance(model, ViT):
+        position, grid = model.position_in(0), model.spec.grid
+        if isinstance(position, Learned1d | Learned2d):
+            similarity = position_similarity(position()[0, -grid[0] * grid[1] :], grid)
+            figures["Position embedding similarity"] = draw_position_similarity(similarity)
     return figures
 
 

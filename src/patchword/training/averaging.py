@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from patchword.models.vit import ViT
+from patchword.models.model import Model
 
 
 class Average:
@@ -17,7 +17,7 @@ class Average:
     dominated by the initial weights. The paper uses 0.9999 (section 4.1).
     """
 
-    def __init__(self, model: ViT, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self._mine: list[Tensor] = list(self.model.parameters())

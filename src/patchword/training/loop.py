@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from patchword.models.vit import ViT
+from patchword.models.model import Model
 from patchword.parsing import Interrupted, PatchwordError
 from patchword.training.checkpoint import Checkpoints, damage
 from patchword.training.clock import Clock
@@ -194,7 +194,7 @@ class Run:
         if val:
             self.keep_best(models, val)
 
-    def stoppable(self, model: ViT) -> Forward:
+    def stoppable(self, model: Model) -> Forward:
         """The model, for an evaluation that a signal ends."""
 
         def forward(images: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Run:
             self.evaluate()
             self.stop_if_asked(saved)
 
-    def keep_best(self, models: dict[str, ViT], val: dict[str, dict[str, Any]]) -> None:
+    def keep_best(self, models: dict[str, Model], val: dict[str, dict[str, Any]]) -> None:
         """Write the better of the weights just measured as `best`, if none were better before.
 
         Of equals the later ones: on a small val part ties are common, and weights from the end of

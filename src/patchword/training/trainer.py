@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchword.data.seeding import derived_seed
-from patchword.models.vit import ViT
+from patchword.models.model import Model
 from patchword.specs import TrainSpec
 from patchword.training.averaging import Average
 from patchword.training.checkpoint import write_text
@@ -52,7 +52,7 @@ class Trainer:
     """A model in training: weights, average, optimiser, progress; saved and restored together."""
 
     def __init__(
-        self, model: ViT, spec: TrainSpec, device: torch.device, dtype: torch.dtype
+        self, model: Model, spec: TrainSpec, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.model = model.to(device).train()
         self.spec = spec

@@ -174,9 +174,7 @@ def write(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Ten
         raise PatchwordError(f"the format has no place for {', '.join(lost[:3])}{more}")
     theirs: dict[str, Tensor] = {}
     for r in rules:
-        theirs.update(
-            zip(r.theirs, r.op.write([tensors[name] for name in r.ours]), strict=True)
-        )
+        theirs.update(zip(r.theirs, r.op.write([tensors[name] for name in r.ours]), strict=True))
     return {name: value.detach().contiguous() for name, value in theirs.items()}
 
 

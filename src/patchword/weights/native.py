@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from patchword.architecture import PreprocessSpec, ViTSpec
 from patchword.models.position import resample_position_embedding, sincos_2d
 from patchword.models.vit import ViT
 from patchword.parsing import PatchwordError, parse, to_dict
-from patchword.specs import PreprocessSpec, ViTSpec
 
 logger = logging.getLogger("patchword")
 KEY = "patchword"

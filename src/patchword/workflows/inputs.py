@@ -25,7 +25,7 @@ from patchword.data.sources import Source
 from patchword.data.splits import Division
 from patchword.data.transforms import BatchAugment, EvalTransform, TrainTransform, to_input
 from patchword.evaluation.classify import Classify
-from patchword.models.vit import ViT
+from patchword.models.model import Model
 from patchword.parsing import PatchwordError
 from patchword.specs import TrainSpec
 from patchword.types import Batch
@@ -40,7 +40,7 @@ class Inputs:
     source: Source
     division: Division
     spec: TrainSpec
-    model: ViT
+    model: Model
     device: torch.device
     cached: ImageCache | None = None
     bad: dict[int, str] = field(default_factory=dict)
@@ -129,6 +129,6 @@ class Inputs:
         )
 
 
-def eval_batch_size(model: ViT) -> int:
+def eval_batch_size(model: Model) -> int:
     """Images per batch where nothing depends on it but speed and memory."""
     return max(16, min(512, 2**22 // math.prod(model.spec.image_size)))

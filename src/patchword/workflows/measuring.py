@@ -19,7 +19,7 @@ from patchword.data.sources import SUFFIXES, FileReader, Source, open_source
 from patchword.data.splits import load_division
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.evaluation.classify import Classification, Classify, match_classes
-from patchword.models.vit import ViT
+from patchword.models.model import Model
 from patchword.parsing import PatchwordError, UsageError, nearest
 from patchword.specs import Device, Precision
 from patchword.training.parallel import Working, resolve_device, resolve_precision
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path | ViT,
+    model: str | Path | Model,
     data: str | Path,
     *,
     split: str | None = None,
@@ -61,7 +61,7 @@ def evaluate(
     out, else all images. Labels match by class name. Raises `PatchwordError` if the model is
     missing or damaged, or does not know the data's classes, or no image can be read.
     """
-    run = None if isinstance(model, ViT) else run_of(Path(model))
+    run = None if isinstance(model, Model) else run_of(Path(model))
     net, forward, where = _load(model, image_size, device, precision)
     source = open_source(str(data))
     name, why, indices = choose_part(source, run, split)
@@ -98,14 +98,14 @@ def evaluate(
 
 
 def _load(
-    model: str | Path | ViT,
+    model: str | Path | Model,
     image_size: int | tuple[int, int] | None,
     device: Device,
     precision: Precision,
-) -> tuple[ViT, Working, torch.device]:
+) -> tuple[Model, Working, torch.device]:
     """The model, the same as a function in the wanted precision, and where it runs."""
     where = resolve_device(device)
-    if isinstance(model, ViT):
+    if isinstance(model, Model):
         if image_size is not None:
             raise UsageError("image_size is for weights to load; a model has its own")
         net = model.to(where).eval()
@@ -176,7 +176,7 @@ class Prediction:
 
 
 def predict(
-    model: str | Path | ViT,
+    model: str | Path | Model,
     images: str | Path | Sequence[str | Path],
     *,
     top: int = 5,
@@ -223,7 +223,7 @@ def predict(
 
 
 def _predictions(
-    net: ViT, logits: Tensor, batch: Batch, paths: Sequence[str], classes: Sequence[str], top: int
+    net: Model, logits: Tensor, batch: Batch, paths: Sequence[str], classes: Sequence[str], top: int
 ) -> Iterator[Prediction]:
     softmax = net.spec.probability == "softmax"
     values, order = (logits.softmax(1) if softmax else logits.sigmoid()).sort(

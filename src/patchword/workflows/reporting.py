@@ -10,13 +10,13 @@ from patchword.data.images import BadImage, decode
 from patchword.data.sources import Source
 from patchword.evaluation.classify import Classification
 from patchword.inspection.figures import embedding_figures
-from patchword.models.vit import ViT
+from patchword.models.model import Model
 from patchword.report import THUMBNAIL, Mistake, write_report
 
 MISTAKES = 24
 
 
-def report_run(run: Path, model: ViT, source: Source, result: Classification, split: str) -> None:
+def report_run(run: Path, model: Model, source: Source, result: Classification, split: str) -> None:
     """Write `report.html` and `MODEL_CARD.md` into a run directory."""
     config, again = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
     reproduce = f"patchword train --config {config} --out {again}"

@@ -21,12 +21,13 @@ import PIL
 import torch
 
 import patchword
+from patchword.architecture import PreprocessSpec
 from patchword.data.sources import Source
 from patchword.data.splits import Division, divide, load_division, save_division
-from patchword.models.vit import ViT
+from patchword.models.model import Model
 from patchword.models.zoo import create_model, model_cost, model_spec, variant_name
 from patchword.parsing import PatchwordError, UsageError, differences, parse, to_dict
-from patchword.specs import PreprocessOptions, PreprocessSpec, TrainSpec
+from patchword.specs import PreprocessOptions, TrainSpec
 from patchword.training.checkpoint import replace_text
 from patchword.training.optim import span
 from patchword.training.parallel import resolve_device, resolve_precision
@@ -191,7 +192,7 @@ def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
     )
 
 
-def build_model(spec: TrainSpec, source: Source) -> ViT:
+def build_model(spec: TrainSpec, source: Source) -> Model:
     """The model that a run starts from, a pure function of the resolved spec and the data.
 
     With the sigmoid loss a fresh model's head starts at a bias of -log K, so that every class

@@ -18,8 +18,8 @@ from rich.console import Console
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import Division
 from patchword.evaluation.classify import Classification
-from patchword.models.vit import ViT, macs
-from patchword.models.zoo import variant_name
+from patchword.models.model import Model
+from patchword.models.zoo import macs, variant_name
 from patchword.parsing import PatchwordError, changed
 from patchword.specs import TrainSpec, seconds, with_length
 from patchword.training.checkpoint import Checkpoints, replace_text
@@ -165,7 +165,7 @@ def _say_data(console: Console, source: Source, division: Division, inputs: Inpu
     )
 
 
-def _say_cost(console: Console, spec: TrainSpec, model: ViT, train_images: int) -> None:
+def _say_cost(console: Console, spec: TrainSpec, model: Model, train_images: int) -> None:
     steps = spec.steps or 0
     images, cost = steps * spec.batch_size, macs(model.spec)
     parameters = sum(p.numel() for p in model.parameters())
@@ -178,7 +178,7 @@ def _say_cost(console: Console, spec: TrainSpec, model: ViT, train_images: int) 
     )
 
 
-def exaflops(model: ViT, images: int) -> float:
+def exaflops(model: Model, images: int) -> float:
     """6 x MACs x images / 1e18: forward and backward, two operations a MAC (section 4.4)."""
     return 6 * macs(model.spec) * images / 1e18
 
