@@ -7,7 +7,7 @@ have a `weight` `[out, in, k, k]`, GroupNorms a `weight` and a `bias` `[channels
     root                        convolution, k = 7
     root_norm                   GroupNorm, of a stem only
     stages.{i}.{j}.conv1 ... 3  convolutions, k = 1, 3, 1
-    stages.{i}.{j}.norm1 ... 3  GroupNorm after the convolution of its number in a stem, before in BiT
+    stages.{i}.{j}.norm1 ... 3  GroupNorm before (BiT) or after (stem) the convolution so numbered
     stages.{i}.0.downsample     convolution, k = 1, of the shortcut
     stages.{i}.0.downsample_norm  GroupNorm, of a stem only
     norm, head                  last GroupNorm and the classifier, of BiT only
@@ -51,15 +51,13 @@ def _pads(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int, i
 
 def standardized(weight: Tensor, eps: float, eps_in: Literal["std", "variance"]) -> Tensor:
     """Each filter of `[out, in, kh, kw]` less its mean, over its standard deviation + eps, or over
-    the root of its variance + eps (arXiv 1903.10520). A constant filter becomes zero, and so does
-    its gradient."""
+    the root of its variance + eps (arXiv 1903.10520). A constant filter becomes zero; its gradient
+    is finite."""
     flat = weight.flatten(1)
-    size = flat.shape[1]
     if eps_in == "variance":  # a LayerNorm of the filters, which is one fused kernel
-        return F.layer_norm(flat, (size,), eps=eps).view_as(weight)
-    centred = flat - flat.mean(1, keepdim=True)
-    std = torch.linalg.vector_norm(centred, dim=1, keepdim=True) * size**-0.5
-    return (centred / (std + eps)).view_as(weight)
+        return F.layer_norm(flat, flat.shape[1:], eps=eps).view_as(weight)
+    std, mean = torch.std_mean(flat, dim=1, correction=0, keepdim=True)
+    return ((flat - mean) / (std + eps)).view_as(weight)
 
 
 class StdConv(nn.Module):
