@@ -52,12 +52,14 @@ PATCHES = (8, 14, 16, 32)
 NAME = re.compile(r"(?:(R\d*)\+)?(ViT|Mixer)-(\w+)/([1-9]\d*)")
 
 STEMS = {
-    ("R", 16): (),
-    ("R26", 32): (2, 2, 2, 2),
-    ("R50", 32): (3, 4, 6, 3),  # section 3.1, kind (i): the output of stage 4
-    ("R50", 16): (3, 4, 9),  # kind (ii): stage 4's blocks in stage 3
+    ("R", 16): ((), 32),
+    ("R26", 32): ((2, 2, 2, 2), 32),
+    ("R50", 32): ((3, 4, 6, 3), 32),  # section 3.1, kind (i): the output of stage 4
+    ("R50", 16): ((3, 4, 9), 16),  # kind (ii): stage 4's blocks in stage 3
 }
-"""A hybrid's stem, by its name and the total stride."""
+"""Blocks per stage of a hybrid's stem, and its patches' side in pixels, by the two parts of its
+name. AugReg's R+ViT-Ti/16 (arXiv 2106.10270) is named as if its root had stride 2; root and pooling
+have 4, so that its patches, 8 x 8 pixels of the map, are 32 x 32 of the image."""
 HYBRIDS = (
     *("R+ViT-Ti/16", "R26+ViT-S/32", "R50+ViT-B/32", "R50+ViT-B/16"),
     *("R50+ViT-L/32", "R50+ViT-L/16"),
@@ -96,14 +98,17 @@ def _row(name: str) -> tuple[type[ModelSpec], dict[str, Any]] | None:
     if not match:
         return None
     stem, kind, shape, patch = match[1], match[2], match[3], int(match[4])
+    stem_spec = None
+    if stem:
+        if (stem, patch) not in STEMS:
+            return None
+        layers, patch = STEMS[stem, patch]
+        stem_spec = StemSpec(layers=layers)
     fields: dict[str, Any] = {"patch_size": (patch, patch), "image_size": (patch, patch)}
     if kind == "Mixer" and shape in MIXERS and not stem:
         return MixerSpec, fields | MIXERS[shape]
     if kind == "ViT" and shape in SHAPES:
-        if stem and (stem, patch) not in STEMS:
-            return None
-        layers = StemSpec(layers=STEMS[stem, patch]) if stem else None
-        return ViTSpec, fields | vars(SHAPES[shape]) | {"stem": layers}
+        return ViTSpec, fields | vars(SHAPES[shape]) | {"stem": stem_spec}
     return None
 
 
@@ -216,8 +221,11 @@ def variant_name(spec: ModelSpec) -> str:
     known = next((name for name, row in SHAPES.items() if row == shape), None)
     stem = ""
     if spec.stem is not None:
-        names = (n for (n, stride), r in STEMS.items() if (r, stride) == (spec.stem.layers, rows))
-        stem = next(names, "R" + ".".join(map(str, spec.stem.layers))) + "+"
+        stem = f"R{'.'.join(map(str, spec.stem.layers)) or 0}"
+        for (root, number), (layers, side) in STEMS.items():
+            if (spec.stem.layers, spec.patch_size) == (layers, (side, side)):
+                stem, patch = root, str(number)
+        stem += "+"
     return f"{stem}ViT-{known or f'{spec.depth}x{spec.width}'}/{patch}"
 
 
