@@ -41,8 +41,15 @@ def each(read: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor]) ->
 SAME = Op(list, list)
 TRANSPOSED = each(lambda t: t.t(), lambda t: t.t())
 """Flax's dense kernels are `[in, out]`, ours `[out, in]`."""
-JOINED = Op(lambda ts: [torch.cat(ts)], lambda ts: list(ts[0].chunk(3)))
-"""Theirs are q, k and v apart, ours one after the other."""
+
+
+def joined(parts: int) -> Op:
+    """Theirs are apart, ours one after the other along the first axis."""
+    return Op(lambda ts: [torch.cat(ts)], lambda ts: list(ts[0].chunk(parts)))
+
+
+JOINED = joined(3)
+"""q, k and v."""
 
 
 def viewed(ours: Sequence[int], theirs: Sequence[int]) -> Op:
@@ -110,13 +117,39 @@ def repeated(rules: Iterable[Rule], count: int) -> list[Rule]:
     ]
 
 
+def stacked(rules: Iterable[Rule], count: int) -> list[Rule]:
+    """The rules of `count` blocks that theirs holds one after the other along a first axis of each
+    tensor; `{i}` stands in our names alone."""
+
+    def op(each_block: Op, ours: int) -> Op:
+        def read(tensors: Tensors) -> Tensors:
+            blocks = zip(*tensors, strict=True)
+            return [value for block in blocks for value in each_block.read(list(block))]
+
+        def write(tensors: Tensors) -> Tensors:
+            starts = range(0, len(tensors), ours)
+            blocks = [each_block.write(tensors[start : start + ours]) for start in starts]
+            return [torch.stack(values) for values in zip(*blocks, strict=True)]
+
+        return Op(read, write)
+
+    return [
+        Rule(
+            tuple(name.replace("{i}", str(i)) for i in range(count) for name in r.ours),
+            r.theirs,
+            op(r.op, len(r.ours)),
+        )
+        for r in rules
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What a format made of a file's names, shapes and configuration."""
 
     spec: ModelSpec
     rules: list[Rule]
-    preprocess: PreprocessSpec = PreprocessSpec()
+    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
     classes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     """regular expressions of the names that the model does not need, such as another task's head"""
@@ -191,9 +224,29 @@ def fail_if(problems: list[str], where: str, end: str = "") -> None:
 def count(shapes: Shapes, pattern: str) -> int:
     """One more than the largest number that `pattern`'s group matches among the names; 0 for none.
 
-    `count(shapes, r"blocks\\.(\\d+)\\.")` is the depth."""
-    matches = (re.match(pattern, name) for name in shapes)
-    return max((int(match[1]) + 1 for match in matches if match), default=0)
+    `count(shapes, r"blocks\\.(\\d+)\\.")` is the depth. Raises `PatchwordError` if a number is
+    larger than there are tensors."""
+    largest = 0
+    for name in shapes:
+        match = re.match(pattern, name)
+        if match:
+            if len(match[1]) > 6 or int(match[1]) > len(shapes):
+                raise PatchwordError(
+                    f"the number in the tensor name {name[:100]!r} is larger than there are "
+                    "tensors; the file is incomplete or damaged"
+                )
+            largest = max(largest, int(match[1]) + 1)
+    return largest
+
+
+def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells the architecture. Raises `PatchwordError` if it is missing
+    or has another number of axes."""
+    shape = shapes.get(name)
+    if shape is None or len(shape) != axes:
+        what = "is missing" if shape is None else f"is {list(shape)}, not of {axes} axes"
+        raise PatchwordError(f"the tensor {name} {what}; the file is incomplete or damaged")
+    return tuple(shape)
 
 
 HEADS = {1280: 16, 1408: 16, 1664: 16, 1152: 16}
