@@ -56,8 +56,9 @@ def standardized(weight: Tensor, eps: float, eps_in: Literal["std", "variance"])
     flat = weight.flatten(1)
     if eps_in == "variance":  # a LayerNorm of the filters, which is one fused kernel
         return F.layer_norm(flat, flat.shape[1:], eps=eps).view_as(weight)
-    std, mean = torch.std_mean(flat, dim=1, correction=0, keepdim=True)
-    return ((flat - mean) / (std + eps)).view_as(weight)
+    centred = flat - flat.mean(1, keepdim=True)
+    std = torch.norm_except_dim(centred, 2, 0) * flat.shape[1] ** -0.5
+    return (centred * (std + eps).reciprocal()).view_as(weight)
 
 
 class StdConv(nn.Module):
