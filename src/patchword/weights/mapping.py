@@ -187,13 +187,14 @@ def read(
     fail_if(problems, where)
     ours: dict[str, Tensor] = {}
     for r in found.rules:
+        theirs = [tensor(name) for name in r.theirs]
         try:
-            values = r.op.read([tensor(name) for name in r.theirs])
+            values = [value.contiguous() for value in r.op.read(theirs)]
             ours.update(zip(r.ours, values, strict=True))
         except (RuntimeError, ValueError, IndexError):
             problems += [f"{name} is {list(shapes[name])}" for name in r.theirs]
     fail_if(problems, where, "; that does not fit the rest")
-    return {name: value.contiguous() for name, value in ours.items()}
+    return ours
 
 
 def write(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
