@@ -64,7 +64,7 @@ def vits(draw: st.DrawFn) -> ViTSpec:
         num_classes=draw(st.integers(0, 30_000)),
         pool=draw(st.sampled_from(["token", "gap", "map"])),
         head=draw(st.sampled_from(["linear", "mlp"])),
-        position=draw(st.sampled_from(["learned", "sincos2d", "none"])),
+        position=draw(st.sampled_from(["learned-1d", "sincos2d", "none"])),
         dropout=draw(shares),
         drop_path=draw(shares),
         layer_scale=draw(st.none() | shares),

@@ -28,7 +28,7 @@ def share_of(image: np.ndarray, colour: str, tolerance: int = 12) -> float:
     return float((np.abs(image - wanted).max(axis=2) <= tolerance).mean())
 
 
-@pytest.mark.parametrize(("pool", "position"), [("token", "learned"), ("gap", "sincos2d")])
+@pytest.mark.parametrize(("pool", "position"), [("token", "learned-1d"), ("gap", "sincos2d")])
 def test_embedding_figures_of_a_model(pool: Pool, position: Position) -> None:
     spec = ViTSpec(
         depth=1,
@@ -44,7 +44,7 @@ def test_embedding_figures_of_a_model(pool: Pool, position: Position) -> None:
     )
     drawn = figures.embedding_figures(ViT(spec))
     titles = ["Patch embedding filters", "Position embedding similarity"]
-    assert list(drawn) == titles[: 2 if position == "learned" else 1]
+    assert list(drawn) == titles[: 2 if position == "learned-1d" else 1]
     assert all(pixels(png).std() > 1 for png in drawn.values())
 
 

@@ -16,10 +16,12 @@ from patchword.models.layers import (
     attention_matmul,
     attention_reference,
     drop,
+    drop_patches,
     drop_path,
 )
+from patchword.models.zoo import create_model
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
 PATHS = {"dispatched": attention, "matmul": attention_matmul, "reference": attention_reference}
 
 # Largest error relative to the largest value. bfloat16 keeps 8 bits: 2^-8 = 0.4 %, several times.
@@ -152,3 +154,38 @@ def test_block_drops_each_branch_on_its_own():
     torch.nn.init.constant_(block.mlp.output.bias, 10.0)
     added = block(torch.zeros(200, 3, 8))
     assert set(added.unique().tolist()) == {0.0, 2.0, 20.0, 22.0}
+
+
+def test_patch_dropout_keeps_some_patches_in_order_and_all_leading_tokens():
+    x = torch.arange(2 * 12).view(2, 12, 1).float()
+    kept = drop_patches(x, prefix=2, rate=0.7)
+    assert kept.shape == (2, 5, 1)
+    assert torch.equal(kept[:, :2], x[:, :2])
+    assert (kept[:, 1:].diff(dim=1) > 0).all()
+    assert (kept[1] >= 12).all()
+    chosen = {tuple(drop_patches(x, 2, 0.7)[0, 2:, 0].tolist()) for _ in range(20)}
+    assert len(chosen) > 10
+    assert drop_patches(x, prefix=0, rate=0.999).shape == (2, 1, 1)
+
+
+def test_patch_dropout_of_a_model_acts_in_training_only():
+    model = create_model("ViT-mu/4", 3, 16, patch_dropout=0.5, depth=2, pool="gap")
+    images = torch.randn(2, 3, 16, 16)
+    seen: list[int] = []
+    model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    model.train()(images)
+    model.eval()(images)
+    assert seen == [8, 16]
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_a_bias_is_added_to_the_scaled_logits(path: Attention):
+    """Of an equal bias for all keys nothing remains; minus infinity leaves a key out."""
+    q, k, v, _ = (t.float() for t in draw((2, 3, 5, 4)))
+    bias = torch.randn(2, 3, 5, 5)
+    wanted = (q @ k.transpose(-2, -1) / 2 + bias).softmax(-1) @ v
+    torch.testing.assert_close(path(q, k, v, bias), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(path(q, k, v, torch.full_like(bias, 3.0)), path(q, k, v))
+    bias = torch.zeros_like(bias)
+    bias[..., 4] = -torch.inf
+    torch.testing.assert_close(path(q, k, v, bias), path(q, k[:, :, :4], v[:, :, :4]))

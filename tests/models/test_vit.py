@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from patchword.architecture import ViTSpec
 from patchword.models import vit
 from patchword.models.layers import SelfAttention
+from patchword.models.position import Rotary, SinCos2d
 from patchword.models.vit import ViT, macs
 from patchword.models.zoo import create_model, model_spec
 from patchword.parsing import PatchwordError
@@ -40,16 +41,34 @@ def gelu(x: Array) -> Array:
     return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
+def gelu_tanh(x: Array) -> Array:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
-def mlp(x: Array, w: Weights, name: str) -> Array:
-    return dense(gelu(dense(x, w, f"{name}.hidden")), w, f"{name}.output")
+def mlp(x: Array, w: Weights, name: str, spec: ViTSpec) -> Array:
+    x = dense(x, w, f"{name}.hidden")
+    if spec.activation == "swiglu":
+        gate, value = np.split(x, 2, axis=1)
+        x = gate / (1 + np.exp(-gate)) * value
+    else:
+        x = (gelu if spec.activation == "gelu" else gelu_tanh)(x)
+    return dense(x, w, f"{name}.output")
 
 
-def attend(q: Array, k: Array, v: Array, heads: int, norms: Any = None) -> Array:
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    heads: int,
+    norms: Any = None,
+    offsets: Any = None,
+    turn: Any = None,
+) -> Array:
     """Eq. 6-8 without the projection: heads one after the other, concatenated."""
     size = q.shape[-1] // heads
     found: list[Array] = []
@@ -58,7 +77,13 @@ def attend(q: Array, k: Array, v: Array, heads: int, norms: Any = None) -> Array
         query, key = q[:, at], k[:, at]
         if norms is not None:
             query, key = norms(query, "query_norm"), norms(key, "key_norm")
-        found.append(softmax(query @ key.T / math.sqrt(size)) @ v[:, at])
+        if turn is not None:
+            query, key = turn(query), turn(key)
+        logits = query @ key.T
+        if offsets is not None:  # D.4: the query with the embedding of its offset to the key
+            for i, j in np.ndindex(*logits.shape):
+                logits[i, j] += query[i] @ offsets[i - j + len(k) - 1]
+        found.append(softmax(logits / math.sqrt(size)) @ v[:, at])
     return np.concatenate(found, axis=1)
 
 
@@ -68,8 +93,55 @@ def self_attention(x: Array, w: Weights, name: str, spec: ViTSpec) -> Array:
     def norms(values: Array, which: str) -> Array:
         return layer_norm(values, w, f"{name}.{which}", spec.norm_eps)
 
-    heads = attend(q, k, v, spec.heads, norms if spec.qk_norm else None)
+    offsets = None
+    if spec.position == "relative":
+        offsets = placed("offsets", w, spec, int(name.split(".")[1]))
+    turn = (lambda t: rotated(t, spec)) if spec.position == "rotary" else None
+    heads = attend(q, k, v, spec.heads, norms if spec.qk_norm else None, offsets, turn)
     return dense(heads, w, f"{name}.projection")
+
+
+def placed(kind: str, w: Weights, spec: ViTSpec, layer: int) -> Array | None:
+    """The position parameters that act in a layer."""
+    if spec.position_at == "stem" and layer:
+        return None
+    return w[f"positions.{layer if spec.position_at == 'every' else 0}.{kind}"]
+
+
+def positions(w: Weights, spec: ViTSpec, layer: int) -> Array | float:
+    """What is added to all tokens before a layer, `[T, D]`."""
+    rows, columns = spec.grid
+    lead, registers = spec.leading, np.zeros((spec.registers, spec.width))
+    leads = np.zeros((lead, spec.width))
+    if spec.position == "sincos2d" and (not layer or spec.position_at != "stem"):
+        patches = sincos(rows, columns, spec.width)
+    elif spec.position == "learned-1d" and (table := placed("table", w, spec, layer)) is not None:
+        leads, patches = table[0, :lead], table[0, lead:]
+    elif spec.position == "learned-2d" and (x := placed("columns", w, spec, layer)) is not None:
+        y = placed("rows", w, spec, layer)
+        assert y is not None
+        patches = np.stack(
+            [np.concatenate([x[0, c], y[0, r]]) for r in range(rows) for c in range(columns)]
+        )
+    else:
+        return 0.0
+    return np.concatenate([leads, registers, patches])
+
+
+def rotated(x: Array, spec: ViTSpec) -> Array:
+    """Each pair of a head's channels (c, c + d / 2) of each patch turned by its angle."""
+    (rows, columns), size = spec.grid, x.shape[1]
+    out = x.copy()
+    for n in range(rows * columns):
+        y, at = divmod(n, columns)
+        centres = ((y + 0.5) / rows * 2 - 1, (at + 0.5) / columns * 2 - 1)
+        for pair in range(size // 2):
+            axis, step = divmod(pair, size // 4)
+            angle = 2 * math.pi * centres[axis] / 100.0 ** (step / (size // 4))
+            a, b = x[spec.prefix + n, pair], x[spec.prefix + n, pair + size // 2]
+            out[spec.prefix + n, pair] = a * math.cos(angle) - b * math.sin(angle)
+            out[spec.prefix + n, pair + size // 2] = b * math.cos(angle) + a * math.sin(angle)
+    return out
 
 
 def sincos(rows: int, columns: int, width: int) -> Array:
@@ -99,35 +171,38 @@ def reference(image: Array, w: Weights, spec: ViTSpec) -> Array:
         for s in range(columns)
     ]
     z = dense(np.stack(patches), w, "patch_embedding")
-    if spec.position == "sincos2d":
-        z = z + sincos(rows, columns, spec.width)
-    token = [w["class_token"][0]] if spec.pool == "token" else []
-    z = np.concatenate([*token, z])
-    if spec.position == "learned":
-        z = z + w["position_embedding"][0]  # Eq. 1
-    if spec.registers:
-        z = np.concatenate([z[: len(token)], w["registers"][0], z[len(token) :]])
+    firsts = [w[n][0] for n in ("class_token", "distillation_token", "registers") if n in w]
+    z = np.concatenate([*firsts, z])
     for layer in range(spec.depth):
+        z = z + positions(w, spec, layer)  # Eq. 1 where layer is 0
         name = f"blocks.{layer}"
         y = self_attention(
             layer_norm(z, w, f"{name}.norm1", spec.norm_eps), w, f"{name}.attention", spec
         )
         z = z + y * w.get(f"{name}.scale1", np.ones(1))  # Eq. 2
-        y = mlp(layer_norm(z, w, f"{name}.norm2", spec.norm_eps), w, f"{name}.mlp")
+        y = mlp(layer_norm(z, w, f"{name}.norm2", spec.norm_eps), w, f"{name}.mlp", spec)
         z = z + y * w.get(f"{name}.scale2", np.ones(1))  # Eq. 3
-    z = layer_norm(z, w, "norm", spec.norm_eps)
+    if not spec.pool_norm:
+        z = layer_norm(z, w, "norm", spec.norm_eps)
+    average = z[-rows * columns :].mean(0)
     if spec.pool == "token":
         pooled = z[0]  # Eq. 4
     elif spec.pool == "gap":
-        pooled = z[-rows * columns :].mean(0)
+        pooled = layer_norm(average, w, "norm", spec.norm_eps) if spec.pool_norm else average
+    elif spec.pool == "token+gap":
+        pooled = np.concatenate([z[0], average])
     else:
         q = dense(w["pool.probe"][0], w, "pool.query")
         k, v = np.split(dense(z, w, "pool.key_value"), 2, axis=1)
         pooled = dense(attend(q, k, v, spec.heads), w, "pool.projection")
-        pooled = (pooled + mlp(layer_norm(pooled, w, "pool.norm", spec.norm_eps), w, "pool.mlp"))[0]
+        normed = layer_norm(pooled, w, "pool.norm", spec.norm_eps)
+        pooled = (pooled + mlp(normed, w, "pool.mlp", spec))[0]
     if spec.num_classes and spec.head == "mlp":
         pooled = np.tanh(dense(pooled, w, "pre_logits"))
-    return dense(pooled, w, "head") if spec.num_classes else pooled
+    logits = dense(pooled, w, "head") if spec.num_classes else pooled
+    if spec.num_classes and spec.distillation == "head":
+        logits = (logits + dense(z[1], w, "distillation_head")) / 2
+    return logits
 
 
 # Helpers -----------------------------------------------------------------------------------------
@@ -169,7 +244,26 @@ CASES: dict[str, dict[str, Any]] = {
     "qk-norm": {"qk_norm": True, "norm_eps": 1e-3},
     "sincos": {"position": "sincos2d"},
     "sincos, gap, registers": {"position": "sincos2d", "pool": "gap", "registers": 2},
+    "sincos, every layer": {"position": "sincos2d", "position_at": "every"},
     "no positions": {"position": "none"},
+    "1-D, every layer": {"position_at": "every", "registers": 2},
+    "1-D, shared": {"position_at": "every-shared", "image_size": (8, 24)},
+    "2-D": {"position": "learned-2d", "image_size": (8, 24)},
+    "2-D, every layer": {"position": "learned-2d", "position_at": "every", "registers": 1},
+    "2-D, shared": {"position": "learned-2d", "position_at": "every-shared", "pool": "gap"},
+    "relative": {"position": "relative", "registers": 2},
+    "relative, every layer": {"position": "relative", "position_at": "every"},
+    "relative, shared": {"position": "relative", "position_at": "every-shared", "pool": "map"},
+    "rotary": {"position": "rotary", "registers": 2, "image_size": (8, 24)},
+    "rotary, gap": {"position": "rotary", "pool": "gap", "qk_norm": True},
+    "tanh GELU, map": {"activation": "gelu_tanh", "pool": "map"},
+    "SwiGLU": {"activation": "swiglu", "layer_scale": 0.1},
+    "SwiGLU, map": {"activation": "swiglu", "pool": "map"},
+    "token and average": {"pool": "token+gap", "registers": 2},
+    "token and average, mlp head": {"pool": "token+gap", "head": "mlp"},
+    "norm after pooling": {"pool": "gap", "pool_norm": True},
+    "distillation token": {"distillation": "token", "registers": 1},
+    "both heads": {"distillation": "head", "position": "rotary"},
     "features": {"num_classes": 0, "head": "mlp"},
     "wide": {"image_size": (8, 24)},
     "tall, flat patches": {"image_size": (18, 10), "patch_size": (3, 5)},
@@ -190,6 +284,17 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def exact_turns(module: Rotary, spec: ViTSpec) -> None:
+    """The buffers in float64, read off `rotated`."""
+    size, patches = spec.width // spec.heads, math.prod(spec.grid)
+    x = np.zeros((spec.prefix + patches, size))
+    x[:, : size // 2] = 1
+    out = rotated(x, spec)[spec.prefix :]
+    cos, sin = out[:, : size // 2], out[:, size // 2 :]
+    module.cos = torch.from_numpy(np.concatenate([cos, cos], axis=1))
+    module.sin = torch.from_numpy(np.concatenate([sin, sin], axis=1))
+
+
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_model_computes_the_equations(options: dict[str, Any]):
     """1e-10 in float64, 1e-5 in float32, relative to the largest logit."""
@@ -200,14 +305,17 @@ def test_model_computes_the_equations(options: dict[str, Any]):
     with torch.inference_mode():
         single = model(images.float()).double().numpy()
         double = model.double()
-        if double.fixed_position is not None:  # the table itself is float32
-            rows, columns = spec.grid
-            double.fixed_position = torch.from_numpy(sincos(rows, columns, spec.width))[None]
+        for module in double.positions:  # fixed tables are float32
+            if isinstance(module, SinCos2d):
+                module.table = torch.from_numpy(sincos(*spec.grid, spec.width))[None]
+            elif isinstance(module, Rotary):
+                exact_turns(module, spec)
         exact = double(images).numpy()
     weights = {name: p.detach().numpy() for name, p in double.named_parameters()}
     wanted = np.stack([reference(image, weights, spec) for image in images.numpy()])
     scale = np.abs(wanted).max()
     assert wanted.shape == (3, spec.num_classes or spec.width)
+    assert scale > 0.1
     assert np.abs(exact - wanted).max() / scale < 1e-10
     assert np.abs(single - wanted).max() / scale < 1e-5
 
@@ -327,7 +435,7 @@ def test_options_that_are_off_add_nothing():
         "patch_embedding.weight",
         "patch_embedding.bias",
         "class_token",
-        "position_embedding",
+        "positions.0.table",
         "norm.weight",
         "norm.bias",
         "head.weight",
@@ -356,8 +464,12 @@ def test_forward_equals_the_head_on_the_features(options: dict[str, Any]):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     images = torch.randn(3, model.spec.in_channels, *model.spec.image_size, dtype=torch.float64)
+    x = model.encode(model.embed(images))  # all tokens
+    plain = model.classify(model.features(images).pooled)
+    if model.distillation_head is not None:
+        plain = (plain + model.distillation_head(x[:, 1])) / 2
     found = []
-    for logits in (model(images), model.classify(model.features(images).pooled)):
+    for logits in (model(images), plain):
         gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
         found.append((logits, *gradients))
     for fast, plain in zip(*found, strict=True):
@@ -370,10 +482,13 @@ def test_forward_equals_the_head_on_the_features(options: dict[str, Any]):
 def counted_macs(spec: ViTSpec) -> int:
     """Half the FLOPs that torch counts for one image, without computing it."""
     with torch.device("meta"):
-        model = ViT(spec).eval().requires_grad_(False)
+        model = ViT(spec).to("meta").eval().requires_grad_(False)
         images = torch.empty(1, spec.in_channels, *spec.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.classify(model.features(images).pooled)
+        features = model.features(images)
+        model.classify(features.pooled)
+        if model.distillation_head is not None:
+            model.distillation_head(features.tokens[:, 0])
     return counter.get_total_flops() // 2
 
 
@@ -436,7 +551,7 @@ def test_initial_stem_and_heads(wide: dict[str, Tensor]):
         assert values.std().item() == pytest.approx(std, rel=0.02)
         cut = 2 * std / 0.87962566
         assert 0.98 * cut < values.abs().max().item() <= cut * (1 + 1e-6)
-    for name in ("position_embedding", "registers"):
+    for name in ("positions.0.table", "registers"):
         assert wide[name].std().item() == pytest.approx(0.02, rel=0.05)
         assert wide[name].abs().max().item() > 2.5 * 0.02  # not truncated
     for part in wide["pool.key_value.weight"].chunk(2):

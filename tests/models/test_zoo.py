@@ -70,7 +70,7 @@ def closed_formula(name: str) -> int:
 
 
 def test_no_variant_is_missing():
-    assert list(PARAMETERS) == list_models()
+    assert list(PARAMETERS) == [name for name in list_models() if name.startswith("ViT-")]
     assert {name.split("/")[0] for name in PARAMETERS} == {f"ViT-{name}" for name in SHAPES}
 
 

@@ -41,7 +41,7 @@ class MixerBlock(nn.Module):
         return x + drop_path(self.channels(self.norm2(x)), self.drop_path, self.training)
 
 
-class Mixer(Model):
+class Mixer(Model[MixerSpec]):
     """An MLP-Mixer; see `Model` for what it takes and returns. Its weights are for one number of
     patches, in one order: it takes images of one size only.
 
@@ -57,7 +57,6 @@ class Mixer(Model):
         classes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(spec, preprocess, classes)
-        self.spec: MixerSpec = spec
         self.patch_embedding = PatchEmbedding(spec.patch_size, spec.in_channels, spec.width)
         self.blocks = nn.ModuleList(
             MixerBlock(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Generic
 
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from patchword.architecture import ModelSpec, PreprocessSpec
 from patchword.parsing import PatchwordError
 from patchword.types import Outputs
 
 
-class Model(nn.Module):
+Spec = TypeVar("Spec", bound=ModelSpec, default=ModelSpec, covariant=True)
+
+
+class Model(nn.Module, Generic[Spec]):
     """A model as its `spec` describes it.
 
     `model(images)`: float `[B, C, H, W]`, normalised by `preprocess.mean` and `.std`, to logits
@@ -24,12 +28,12 @@ class Model(nn.Module):
     """how the names of the tensors begin that belong to the classes, not to the body"""
 
     def __init__(
-        self, spec: ModelSpec, preprocess: PreprocessSpec | None, classes: tuple[str, ...]
+        self, spec: Spec, preprocess: PreprocessSpec | None, classes: tuple[str, ...]
     ) -> None:
         super().__init__()
         self.preprocess = preprocess or PreprocessSpec()
         self.classes = classes
-        self.spec: ModelSpec = spec
+        self.spec = spec
         self.head: nn.Linear | None = None
 
     def features(self, images: Tensor) -> Outputs:

@@ -198,7 +198,7 @@ class ResNetStem(nn.Module):
         return self.stages(max_pool(x, "same"))
 
 
-class ResNet(Model):
+class ResNet(Model[ResNetSpec]):
     """A BiT ResNet; see `Model` for what it takes and returns. Images may be of any size: the
     spec's is the one it was made for. The tokens are the last feature map's pixels, row by row."""
 
@@ -210,7 +210,6 @@ class ResNet(Model):
         classes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(spec, preprocess, classes)
-        self.spec: ResNetSpec = spec
         width = BIT_WIDTH * spec.width_factor
         convolution = partial(StdConv, padding="fixed", eps=spec.weight_eps, eps_in="variance")
         self.root = convolution(spec.in_channels, width, 7, 2)

@@ -23,7 +23,7 @@ from patchword.models.resnet import ResNetStem, stem_macs
 from patchword.types import Outputs
 
 
-class ViT(Model):
+class ViT(Model[ViTSpec]):
     """A Vision Transformer; see `Model` for what it takes and returns."""
 
     HEADS = ("head.", "pre_logits.", "distillation_head.")
@@ -36,7 +36,6 @@ class ViT(Model):
         classes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(spec, preprocess, classes)
-        self.spec: ViTSpec = spec
         width = spec.width
         self.stem = None if spec.stem is None else ResNetStem(spec.stem, spec.in_channels)
         stride, channels = (
