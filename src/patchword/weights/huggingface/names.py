@@ -1,0 +1,207 @@
+"""The names of Hugging Face transformers: ViT, DeiT, DINOv2, ViT-MAE and SigLIP's vision tower.
+
+Version 5 renamed the parts of its blocks in memory; files, on the hub and from its own
+`save_pretrained`, keep the older names. Both are read, the older ones are written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from patchword.architecture import ViTSpec
+from patchword.weights.mapping import (
+    JOINED,
+    SAME,
+    Op,
+    Rule,
+    joined,
+    layer,
+    patches,
+    repeated,
+    rule,
+    viewed,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a family calls its parts, each a layer with weight and bias unless it says otherwise."""
+
+    block: str
+    norms: tuple[str, str]
+    attention: tuple[str, str, str, str]
+    """query, key, value, projection"""
+    hidden: tuple[str, ...]
+    """two where SwiGLU's gate and value are apart"""
+    output: str
+    scales: tuple[str, ...] = ()
+    """tensors"""
+    activation: str | None = None
+    """where no other is possible"""
+    patch: str = "embeddings.patch_embeddings.projection"
+    position: str = "embeddings.position_embeddings"
+    """a tensor"""
+    norm: str = "layernorm"
+
+
+_ATTENTION = (
+    "attention.attention.query",
+    "attention.attention.key",
+    "attention.attention.value",
+    "attention.output.dense",
+)
+_ATTENTION_5 = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
+_VIT_NORMS = ("layernorm_before", "layernorm_after")
+_DINO: dict[str, Any] = {
+    "block": "encoder.layer.{i}.",
+    "norms": ("norm1", "norm2"),
+    "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
+}
+_SWIGLU: dict[str, Any] = _DINO | {"activation": "swiglu"}
+
+LAYOUTS = {
+    "vit": Layout(
+        block="encoder.layer.{i}.",
+        norms=_VIT_NORMS,
+        attention=_ATTENTION,
+        hidden=("intermediate.dense",),
+        output="output.dense",
+    ),
+    "vit, version 5": Layout(
+        block="layers.{i}.",
+        norms=_VIT_NORMS,
+        attention=_ATTENTION_5,
+        hidden=("mlp.fc1",),
+        output="mlp.fc2",
+    ),
+    "dinov2": Layout(**_DINO, attention=_ATTENTION, hidden=("mlp.fc1",), output="mlp.fc2"),
+    "dinov2, version 5": Layout(
+        **_DINO, attention=_ATTENTION_5, hidden=("mlp.fc1",), output="mlp.fc2"
+    ),
+    "dinov2 swiglu": Layout(
+        **_SWIGLU, attention=_ATTENTION, hidden=("mlp.weights_in",), output="mlp.weights_out"
+    ),
+    "dinov2 swiglu, version 5": Layout(
+        **_SWIGLU,
+        attention=_ATTENTION_5,
+        hidden=("mlp.gate_proj", "mlp.up_proj"),
+        output="mlp.down_proj",
+    ),
+    "siglip": Layout(
+        block="encoder.layers.{i}.",
+        norms=("layer_norm1", "layer_norm2"),
+        attention=(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.out_proj",
+        ),
+        hidden=("mlp.fc1",),
+        output="mlp.fc2",
+        patch="embeddings.patch_embedding",
+        position="embeddings.position_embedding.weight",
+        norm="post_layernorm",
+    ),
+}
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+}
+"""Their names of activations; of each of ours, the first is written."""
+
+QUERY_FIRST = Op(
+    lambda ts: list(ts[0].split([len(ts[0]) // 3, len(ts[0]) // 3 * 2])),
+    lambda ts: [torch.cat(ts)],
+)
+"""q, k and v joined in theirs; ours has the query apart."""
+NO_BIAS = Op(
+    lambda ts: [torch.cat(ts), torch.cat(ts).new_zeros(sum(map(len, ts)))],
+    lambda ts: list(ts[0].chunk(3)),
+)
+"""Weights of q, k and v without biases: ours are zero."""
+MASK_TOKEN = Op(lambda ts: ts[:1], lambda ts: [ts[0], torch.zeros_like(ts[0][0])])
+"""DINOv2 has one for pre-training; we write zeros."""
+
+POOL = [
+    rule("pool.probe", "head.probe"),
+    rule(
+        ("pool.query.weight", "pool.key_value.weight"), "head.attention.in_proj_weight", QUERY_FIRST
+    ),
+    rule(("pool.query.bias", "pool.key_value.bias"), "head.attention.in_proj_bias", QUERY_FIRST),
+    *layer("pool.projection", "head.attention.out_proj"),
+    *layer("pool.norm", "head.layernorm"),
+    *layer("pool.mlp.hidden", "head.mlp.fc1"),
+    *layer("pool.mlp.output", "head.mlp.fc2"),
+]
+
+
+def block_rules(layout: Layout, *, qkv_bias: bool = True) -> list[Rule]:
+    """The rules of block `{i}`, without its prefix."""
+    ours, theirs = "blocks.{i}.", layout.block
+    *qkv, projection = layout.attention
+    weights, biases = (tuple(f"{theirs}{n}.{kind}" for n in qkv) for kind in ("weight", "bias"))
+    to = f"{ours}attention.qkv"
+    rules = (
+        [rule(f"{to}.weight", weights, JOINED), rule(f"{to}.bias", biases, JOINED)]
+        if qkv_bias
+        else [rule((f"{to}.weight", f"{to}.bias"), weights, NO_BIAS)]
+    )
+    rules += layer(f"{ours}attention.projection", f"{theirs}{projection}")
+    rules += layer(f"{ours}mlp.output", f"{theirs}{layout.output}")
+    for kind in ("weight", "bias"):
+        names = tuple(f"{theirs}{name}.{kind}" for name in layout.hidden)
+        op = joined(2) if len(names) == 2 else SAME
+        rules.append(rule(f"{ours}mlp.hidden.{kind}", names, op))
+    for number, norm in enumerate(layout.norms, 1):
+        rules += layer(f"{ours}norm{number}", f"{theirs}{norm}")
+    for number, scale in enumerate(layout.scales, 1):
+        rules.append(rule(f"{ours}scale{number}", f"{theirs}{scale}"))
+    return rules
+
+
+def rules_for(
+    spec: ViTSpec, layout: Layout, prefix: str, *, qkv_bias: bool = True, mask_token: bool = False
+) -> list[Rule]:
+    """The rules of a model in a layout, whose body's names begin with `prefix`."""
+    table = (spec.leading + math.prod(spec.grid), spec.width)
+    flat = viewed((1, *table), table)
+    conv = patches(spec.patch_size, spec.in_channels)
+    body = [
+        rule("patch_embedding.weight", f"{layout.patch}.weight", conv),
+        rule("patch_embedding.bias", f"{layout.patch}.bias"),
+        rule(
+            "positions.0.table", layout.position, flat if layout.position.endswith("ht") else SAME
+        ),
+        *repeated(block_rules(layout, qkv_bias=qkv_bias), spec.depth),
+        *layer("norm", layout.norm),
+    ]
+    if spec.pool in ("token", "token+gap"):
+        tokens = ("embeddings.cls_token", "embeddings.mask_token")
+        body.append(
+            rule("class_token", tokens, MASK_TOKEN)
+            if mask_token
+            else rule("class_token", tokens[0])
+        )
+    if spec.distillation != "none":
+        body.append(rule("distillation_token", "embeddings.distillation_token"))
+    if spec.registers:
+        body.append(rule("registers", "embeddings.register_tokens"))
+    if spec.pool == "map":
+        body += POOL
+    rules = [Rule(r.ours, tuple(prefix + name for name in r.theirs), r.op) for r in body]
+    if spec.num_classes:
+        teacher = spec.distillation == "head"
+        rules += layer("head", "cls_classifier" if teacher else "classifier")
+        if teacher:
+            rules += layer("distillation_head", "distillation_classifier")
+    return rules
