@@ -12,7 +12,6 @@ from patchword.architecture import ModelSpec, PreprocessSpec
 from patchword.parsing import PatchwordError
 from patchword.types import Outputs
 
-
 Spec = TypeVar("Spec", bound=ModelSpec, default=ModelSpec, covariant=True)
 
 
