@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import Positional
 
 from patchword.parsing import Interrupted, PatchwordError, UsageError, nearest, parse, to_dict
@@ -275,7 +277,8 @@ def predict(arguments: Sequence[str]) -> int:
         for prediction in found:
             writer.writerow([prediction.path, *(x for pair in prediction.top for x in pair)])
     else:
-        table = Table("image", "label", "probability", "then")
+        names = ("image", "label", "probability", "then")
+        table = Table(*(Column(name, overflow="fold") for name in names))
         for prediction in found:
             then = ", ".join(f"{label} {100 * p:.1f} %" for label, p in prediction.top[1:])
             table.add_row(
@@ -288,7 +291,8 @@ def predict(arguments: Sequence[str]) -> int:
 
 
 def _lines_in() -> list[str]:
-    return [line for line in sys.stdin.read().splitlines() if line]
+    """The lines of standard input as file names, whatever bytes are in them."""
+    return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line]
 
 
 def demo(arguments: Sequence[str]) -> int:
@@ -424,6 +428,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [word for word in arguments if word != "--debug"]
     handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold more than UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(_help())
         return 0

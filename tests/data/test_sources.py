@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pickle
@@ -92,6 +93,12 @@ def test_fingerprints_follow_the_data_not_the_place(folder, tmp_path):
 def manifest(root, text):
     (root / "list.csv").write_text(text, encoding="utf-8")
     return str(root / "list.csv")
+
+
+def test_fingerprints_of_names_that_are_not_utf_8(labelled):
+    odd = [os.fsdecode(name) for name in (b"caf\xe9", b"caf\xe8")]
+    prints = {dataclasses.replace(labelled([0]), keys=(name,)).fingerprint for name in odd}
+    assert len(prints) == 2
 
 
 def test_manifest(folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,11 +237,16 @@ def test_predict_csv(finished: Path, photos: Path, command: Command):
     assert all(float(row["probability1"]) >= float(row["probability2"]) for row in rows)
 
 
+def listed(*names: str) -> io.TextIOWrapper:
+    """Standard input that holds these lines."""
+    return io.TextIOWrapper(io.BytesIO(os.fsencode("\n".join([*names, ""]))), "utf-8")
+
+
 def test_predict_from_a_list_and_a_pattern(
     finished: Path, photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
     names = [str(photos / "red" / "00.jpg"), str(photos / "blue" / "01.png")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(names) + "\n\n"))
+    monkeypatch.setattr("sys.stdin", listed(*names, ""))
     code, out, _ = command("predict", finished, "-", "--json", "--workers", 0)
     assert code == 0
     assert [row["path"] for row in json.loads(out)] == names
@@ -260,6 +266,47 @@ def test_predict_table_shows_names_as_they_are(
     assert code == 0, err
     assert odd.name in "".join(out.split())
     assert "%" in out
+
+
+def test_predict_table_shows_long_names_in_full(
+    finished: Path, photos: Path, tmp_path: Path, command: Command
+):
+    """A pipe is 80 columns wide: what does not fit goes on in the next line."""
+    long = tmp_path / ("w" * 100 + ".png")
+    shutil.copy(photos / "red" / "01.png", long)
+    code, out, err = command("predict", finished, long)
+    assert code == 0, err
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert "".join(rows) == str(long)
+
+
+def test_file_names_may_hold_more_than_utf_8(
+    finished: Path,
+    photos: Path,
+    flags: list[str],
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    odd = data / "red" / os.fsdecode(b"caf\xe9.jpg")
+    try:
+        (data / "red" / "00.jpg").rename(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    monkeypatch.setattr("sys.stdin", listed(str(odd)))
+    code, out, err = command("predict", finished, "-", "--json")
+    assert code == 0, err
+    assert [row["path"] for row in json.loads(out)] == [str(odd)]
+    for words in ((), ("--csv",)):
+        code, out, err = command("predict", finished, odd, *words)
+        assert code == 0, err
+        assert "caf\\udce9" in "".join(out.split())
+    run = tmp_path / "run"
+    code, _, err = command("train", data, *flags, "--steps", 1, "--out", run)
+    assert code == 0, err
+    assert command("evaluate", run, data)[0] == 0
 
 
 def test_found_images(tmp_path: Path, photos: Path):

@@ -76,9 +76,9 @@ class Source:
     def digests(self) -> dict[str, str]:
         """sha256 of each thing that makes the data what they are."""
         made = {
-            "files": "\0".join(self.keys).encode(),
+            "files": _bytes(self.keys),
             "labels": self.labels.astype("<i8").tobytes(),
-            "classes": "\0".join(self.classes).encode(),
+            "classes": _bytes(self.classes),
             "file sizes": self.sizes.astype("<i8").tobytes(),
         }
         return {what: hashlib.sha256(data).hexdigest() for what, data in made.items()}
@@ -87,6 +87,11 @@ class Source:
     def fingerprint(self) -> str:
         """sha256 (hex) over keys, labels, classes and file sizes."""
         return hashlib.sha256("".join(self.digests.values()).encode()).hexdigest()
+
+
+def _bytes(names: Sequence[str]) -> bytes:
+    """Names in one piece; what a file name has besides UTF-8 stays as it is."""
+    return "\0".join(names).encode("utf-8", "surrogatepass")
 
 
 def open_source(name: str) -> Source:
