@@ -58,6 +58,21 @@ def test_overwrite_starts_again(tmp_path, train, state_of):
     assert (tmp_path / "run/.hidden").read_text() == "of the user"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "ViT-Tii/2"}, {"width": 33}, {"init": "nowhere"}, {"init": "run"}],
+    ids=str,
+)
+def test_a_run_that_cannot_start_overwrites_nothing(tmp_path, train, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")
+    train(run)
+    before = snapshot(run)
+    with pytest.raises(PatchwordError):
+        train(run, overwrite=True, **changes)
+    assert snapshot(run) == before
+
+
 @pytest.mark.parametrize("survivors", range(1, 6))
 def test_a_clearing_that_was_killed_can_be_taken_up(tmp_path, train, monkeypatch, survivors):
     """Wherever it was killed, the folder still counts as a run directory."""

@@ -167,6 +167,14 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
     return with_steps(spec, steps)
 
 
+def check_init_outlives(run: Path, spec: TrainSpec) -> None:
+    """Raise `UsageError` if a run in `run` would overwrite the weights that it starts from."""
+    if spec.init is not None and Path(spec.init).resolve().is_relative_to(run.resolve()):
+        raise UsageError(
+            f"--init {spec.init} lies in {run}, which the run would overwrite; give another --out"
+        )
+
+
 def default_workers() -> int:
     """Loader processes where the user names no number: one a core, eight at most."""
     return min(8, usable_cores())
@@ -211,15 +219,15 @@ def build_model(spec: TrainSpec, source: Source) -> ViT:
     return model
 
 
-def open_division(run: Path, source: Source, spec: TrainSpec) -> Division:
-    """The division of the run, if it has one, else the one its spec makes. Raises
+def open_division(run: Path | None, source: Source, spec: TrainSpec) -> Division:
+    """The division saved with `run`, or without one that which the spec makes. Raises
     `PatchwordError` if there is nothing to tell apart."""
     if len(source.classes) < 2:
         raise PatchwordError(
             f"{source.name} has one class ({', '.join(source.classes)}); give the folder above it, "
             "with a folder per class"
         )
-    if is_run(run):
+    if run is not None:
         return load_division(run / SPLITS, source)
     data = spec.data
     return divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)

@@ -77,12 +77,11 @@ def train(
     source = open_source(spec.source)
     run = Path(out) if out is not None else runs.default_run(source, spec)
     with runs.locked(run):
-        if overwrite:
-            runs.clear(run)
-        stored = runs.stored_spec(run)
-        division = runs.open_division(run, source, spec)
+        stored = None if overwrite else runs.stored_spec(run)
+        division = runs.open_division(run if stored else None, source, spec)
         if stored is None:
             spec = runs.resolve(spec, division)
+            runs.check_init_outlives(run, spec)
         else:
             spec = runs.resume_spec(spec, stored, run)
             summary = _read_summary(run)
@@ -116,6 +115,7 @@ def _train(
         inputs.spec = spec
         model = inputs.model = runs.build_model(spec, source)
     if fresh:
+        runs.clear(run)  # only now: a run that cannot start overwrites nothing
         runs.store(run, spec, source, division)
     _say_cost(console, spec, model, len(division["train"]))
     trainer = Trainer(model, spec, device, _dtype(spec))
