@@ -134,7 +134,7 @@ def notes(run: RunFacts, result: Classification, split: str) -> list[str]:
     bad = run.number("bad_images")
     if bad:
         verb = "was" if bad == 1 else "were"
-        found.append(f"{count(bad, 'image')} could not be read in training and {verb} skipped.")
+        found.append(f"{count(bad, 'image')} of the data could not be read and {verb} skipped.")
     rows = result.per_class.items()
     _note_classes(found, "without an image here", [k for k, row in rows if not row["n"]])
     never = [name for name, row in rows if row["n"] and row["precision"] is None]
