@@ -322,6 +322,27 @@ def test_found_images(tmp_path: Path, photos: Path):
     assert missing == {"no/such.png": "no such file"}
 
 
+def test_folders_and_patterns_that_match_them_give_no_hidden_files(
+    tmp_path: Path, make_photos: MakePhotos
+):
+    root = make_photos(tmp_path / "new", 2)
+    for name in (".hidden.jpg", "._00.jpg", "__MACOSX/00.jpg", "notes.txt"):
+        (root / "red" / name).parent.mkdir(exist_ok=True)
+        (root / "red" / name).write_bytes(b"")
+    wanted = [str(path) for path in sorted(root.glob("*/0?.*"))]
+    assert len(wanted) == 6
+    for pattern in (root, f"{root}/", f"{root}/*"):
+        assert find_images([pattern], {}) == wanted
+
+
+def test_names_that_cannot_be_looked_up_do_not_end_the_list(photos: Path):
+    once = str(photos / "red" / "00.jpg")
+    for name in ("x" * 5000, "a\0b.png"):
+        missing: dict[str, str] = {}
+        assert find_images([name, once], missing) == [once]
+        assert missing == {name: "no such file"}
+
+
 def test_sigmoid_models_give_their_own_probabilities(tmp_path: Path, photos: Path):
     model = create_model("ViT-mu/8", 3, 16, probability="sigmoid", classes=("a", "b", "c"))
     with torch.no_grad():
