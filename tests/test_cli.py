@@ -115,6 +115,7 @@ def test_usage_errors_are_one_line_and_exit_2(
         (["train", "digits", "--no-such-flag", "1"], "--no-such-flag"),
         (["train"], "DATA a folder"),
         (["train", "--steps", "3"], "DATA a folder"),
+        (["train", "--recipe", "digits"], "DATA a folder"),
         (["evaluate"], "MODEL a run directory"),
         (["train", "digits", "--device", "tpu"], "tpu"),
         (["doctor", "extra"], "extra"),
