@@ -40,6 +40,25 @@ def test_other_settings_are_refused_and_named(tmp_path, train, command, shell):
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"heads": 2}, "options.heads"),
+        ({"crop_fraction": 0.5}, "preprocess.crop_fraction"),
+        ({"image_size": 32}, "image_size"),
+        ({"eval_every": 5}, "eval_every"),
+        ({"log_every": 4}, "log_every"),
+    ],
+    ids=str,
+)
+def test_settings_left_out_are_other_settings(tmp_path, train, setting, named):
+    """Even where leaving them out means automatic, or the variant's own."""
+    rest = {"eval_every": None, "log_every": None}
+    train(tmp_path, **rest | setting)
+    with pytest.raises(UsageError, match=rf"other settings of {named};"):
+        train(tmp_path, **rest)
+
+
 def test_settings_that_change_no_weights_may_differ(tmp_path, train, stopped_at, state_of):
     train(tmp_path / "whole")
     run = tmp_path / "run"

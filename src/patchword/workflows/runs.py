@@ -100,13 +100,23 @@ def stored_spec(run: Path) -> TrainSpec | None:
         ) from None
 
 
-def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
-    """The stored spec, with the settings that may change as asked.
+def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Path) -> TrainSpec:
+    """`asked`, resolved; with what was measured or found when the run started, as stored.
 
-    What `asked` leaves open (None, "auto") is as stored. Raises `UsageError` naming the fields in
-    which the two differ otherwise.
+    Raises `UsageError` naming the settings in which it differs from `stored`, but for those that
+    cannot change the result.
     """
-    filled = _fill(asked, stored)
+    filled = resolve(
+        dataclasses.replace(
+            asked,
+            device=stored.device if asked.device == "auto" else asked.device,
+            precision=stored.precision if asked.precision == "auto" else asked.precision,
+            workers=stored.workers if asked.workers is None else asked.workers,
+        ),
+        division,
+    )
+    if filled.steps is None and stored.steps is not None:
+        filled = with_steps(filled, stored.steps)
     changes = differences(filled, stored, free=False)
     if changes:
         raise UsageError(
@@ -114,16 +124,6 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
             "give the same ones to resume, another --out, or --overwrite to start again"
         )
     return filled
-
-
-def _fill(asked: Any, stored: Any) -> Any:
-    values: dict[str, Any] = {}
-    for f in dataclasses.fields(asked):
-        mine, theirs = getattr(asked, f.name), getattr(stored, f.name)
-        if dataclasses.is_dataclass(mine):
-            mine = _fill(mine, theirs)
-        values[f.name] = theirs if mine is None or mine == "auto" else mine
-    return dataclasses.replace(asked, **values)
 
 
 def resolve(spec: TrainSpec, division: Division) -> TrainSpec:

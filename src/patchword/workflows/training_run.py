@@ -88,7 +88,7 @@ def train(
             spec = runs.resolve(spec, division)
             runs.check_init_outlives(run, spec)
         else:
-            spec = runs.resume_spec(spec, stored, run)
+            spec = runs.resume_spec(spec, stored, division, run)
             summary = _read_summary(run)
             if summary.get("finished"):
                 console.print(f"{run} is finished; --overwrite trains it again", highlight=False)
