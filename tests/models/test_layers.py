@@ -80,7 +80,7 @@ def test_paths_take_fewer_queries_than_keys(path: Attention, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inference_equals_training(dtype: torch.dtype):
-    """The dispatch looks at the grad mode; the result does not depend on it."""
+    """The result does not depend on the grad mode."""
     q, k, v, _ = (t.to(dtype) for t in draw((2, 3, 33, 16)))
     trained = attention(q, k, v)
     with torch.inference_mode():

@@ -204,3 +204,9 @@ def macs(spec: ViTSpec) -> int:
     if spec.head == "mlp" and spec.num_classes:
         head += width * width
     return stem + spec.depth * block + pool + head
+
+
+def exaflops(spec: ViTSpec, images: int) -> float:
+    """Training cost: 6 x MACs x images / 1e18, for forward and backward, two operations a MAC
+    (section 4.4)."""
+    return 6 * macs(spec) * images / 1e18

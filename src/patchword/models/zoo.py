@@ -41,7 +41,8 @@ NAME = re.compile(r"ViT-(\w+)/([1-9]\d*)")
 
 
 def list_models() -> list[str]:
-    """Names of the standard variants, smallest first. Other patch sizes work too: `ViT-Ti/4`."""
+    """Names of the standard variants, in the order of table 1 and by patch size. Other patch sizes
+    work too: `ViT-Ti/4`."""
     return [f"ViT-{shape}/{patch}" for shape in SHAPES for patch in PATCHES]
 
 

@@ -23,8 +23,8 @@ import torch
 import patchword
 from patchword.data.sources import Source
 from patchword.data.splits import Division, divide, load_division, save_division
-from patchword.models.vit import ViT
-from patchword.models.zoo import create_model, model_cost, model_spec, variant_name
+from patchword.models.vit import ViT, exaflops
+from patchword.models.zoo import create_model, model_spec, variant_name
 from patchword.parsing import PatchwordError, UsageError, differences, parse, to_dict
 from patchword.specs import PreprocessOptions, PreprocessSpec, TrainSpec
 from patchword.training.checkpoint import replace_text
@@ -310,5 +310,4 @@ def recipe_cost(recipe: Recipe) -> str:
     if spec.model is None:
         return f"{images:,} images; exaFLOPs by the model that --init names"
     model = model_spec(spec.model, image_size=spec.size, **spec.options.given())
-    exaflops = 6 * model_cost(model)[1] * images / 1e18
-    return f"{images:,} images, {exaflops:.3g} exaFLOPs"
+    return f"{images:,} images, {exaflops(model, images):.3g} exaFLOPs"

@@ -18,7 +18,7 @@ from rich.console import Console
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import Division
 from patchword.evaluation.classify import Classification
-from patchword.models.vit import ViT, macs
+from patchword.models.vit import ViT, exaflops, macs
 from patchword.models.zoo import variant_name
 from patchword.parsing import PatchwordError, changed
 from patchword.specs import TrainSpec, seconds, with_length
@@ -107,7 +107,8 @@ def _train(
     *,
     fresh: bool,
 ) -> TrainResult:
-    make_deterministic(spec.deterministic)
+    if spec.deterministic:
+        make_deterministic()
     keep_memory()
     device = resolve_device(spec.device)
     model = runs.build_model(spec, source)
@@ -178,14 +179,9 @@ def _say_cost(console: Console, spec: TrainSpec, model: ViT, train_images: int) 
         f"model {variant_name(model.spec)}: {parameters / 1e6:.2f} M parameters, "
         f"{cost / 1e9:.3g} GMACs an image; {spec.device}, {spec.precision}\n"
         f"{steps:,} steps of {spec.batch_size} = {images:,} images = "
-        f"{images / train_images:.1f} epochs, {exaflops(model, images):.3g} exaFLOPs",
+        f"{images / train_images:.1f} epochs, {exaflops(model.spec, images):.3g} exaFLOPs",
         highlight=False,
     )
-
-
-def exaflops(model: ViT, images: int) -> float:
-    """6 x MACs x images / 1e18: forward and backward, two operations a MAC (section 4.4)."""
-    return 6 * macs(model.spec) * images / 1e18
 
 
 def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Console) -> int:
@@ -270,7 +266,7 @@ def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> Tr
         "images_per_second": round(progress.step * spec.batch_size / progress.seconds, 2),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "gmacs": macs(trainer.model.spec) / 1e9,
-        "exaflops": exaflops(trainer.model, progress.step * spec.batch_size),
+        "exaflops": exaflops(trainer.model.spec, progress.step * spec.batch_size),
         "best_step": progress.best_step or progress.step,
         "best_weights": progress.best_weights
         if progress.best is not None
