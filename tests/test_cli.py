@@ -90,6 +90,7 @@ def one_line(err: str) -> str:
         (["recipes", "jft"], "unknown recipe 'jft'; did you mean jft-"),
         (["predict", "x", "y", "--top", "0"], "--top must be 1 or more"),
         (["predict", "x"], "no images given"),
+        (["predict", "x", "y", "--json", "--csv"], "give one of them"),
         (["evaluate", "x", "y", "--image-size", "1", "2", "3"], "one or two numbers"),
     ],
 )

@@ -103,6 +103,8 @@ def predict(arguments: Sequence[str]) -> int:
     settings = args.settings()
     if args.top < 1:
         raise UsageError("--top must be 1 or more")
+    if args.json and args.csv:
+        raise UsageError("--json and --csv are two forms of one result; give one of them")
     if not args.images:
         raise UsageError("no images given; name files, folders or a pattern, or - to read a list")
     given = (_lines_in() if name == "-" else [name] for name in args.images)
