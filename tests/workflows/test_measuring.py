@@ -43,7 +43,12 @@ def test_the_fields_of_evaluate_json(finished: Path, photos: Path, as_json: AsJs
 
 
 def test_which_part_is_measured(
-    finished: Path, photos: Path, make_photos: MakePhotos, tmp_path: Path, command: Command
+    finished: Path,
+    photos: Path,
+    make_photos: MakePhotos,
+    tmp_path: Path,
+    command: Command,
+    caplog: pytest.LogCaptureFixture,
 ):
     """test, else val, else what the run held out, else all; standard error says which."""
     table = {
@@ -69,6 +74,8 @@ def test_which_part_is_measured(
     code, _, err = command("evaluate", finished, data, "--workers", 0)
     assert code == 0
     assert "split all: all images of the data" in err
+    assert "images that first was trained on may be among them" in caplog.text
+    assert "start a new run" not in caplog.text
     code, _, err = command("evaluate", finished, data, "--split", "tests")
     assert code == 2
     assert "no 'tests' part" in err

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchword.data.loader import eval_batches
 from patchword.data.sources import FileReader, Source, image_files, open_source
-from patchword.data.splits import load_division
+from patchword.data.splits import NoDivision, load_division
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.evaluation.classify import Classification, Classify, match_classes
 from patchword.models.vit import ViT
@@ -143,10 +143,9 @@ def choose_part(source: Source, run: Path | None, split: str | None) -> tuple[st
     if run is not None:
         try:
             division = load_division(run / SPLITS, source)
-        except PatchwordError as error:
+        except NoDivision as error:
             logger.warning(
-                "%s: its division is not used, so these may be images it was trained on (%s)",
-                *(run, error),
+                "%s; images that %s was trained on may be among them", error.cause, run.name
             )
         else:
             for name, at in division.items():
