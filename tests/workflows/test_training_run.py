@@ -249,6 +249,8 @@ def test_python_takes_paths(finished: Path, make_photos: MakePhotos, tmp_path: P
     assert patchword.evaluate(result.run, data).split == "test"
     again = patchword.train(config(result.run), out=tmp_path / "copy")
     assert again.summary["steps"] == 2
+    with pytest.raises(UsageError, match="whole spec is no base for recipe 'photos'"):
+        patchword.train(config(result.run), "photos")
     with pytest.raises(UsageError, match="unknown setting 'lrr'; did you mean lr"):
         patchword.train(data, lrr=1)
 

@@ -20,7 +20,7 @@ from patchword.data.splits import Division
 from patchword.evaluation.classify import Classification
 from patchword.models.vit import ViT, exaflops, macs
 from patchword.models.zoo import variant_name
-from patchword.parsing import PatchwordError, changed
+from patchword.parsing import PatchwordError, UsageError, changed
 from patchword.specs import TrainSpec, seconds, with_length
 from patchword.training.checkpoint import Checkpoints, replace_text
 from patchword.training.log import Lines, LiveLine
@@ -73,6 +73,8 @@ def train(
     """
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     if isinstance(data, TrainSpec):
+        if recipe is not None:
+            raise UsageError(f"a whole spec is no base for recipe {recipe!r}; name a source")
         spec = with_length(changed(data, **settings), data)
     else:
         base = base_spec(str(data), recipe, settings.get("init"))
