@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ def losses(options: Options, seed: int, precision: str, console: Console) -> np.
         time=None,
         steps=options.steps,
     )
-    division = runs.open_division(Path("no-run"), source, spec)
+    division = runs.open_division(None, source, spec)
     spec = runs.resolve(spec, division)
     model = runs.build_model(spec, source)
     device = torch.device(spec.device)

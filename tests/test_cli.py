@@ -90,6 +90,7 @@ def one_line(err: str) -> str:
         (["recipes", "jft"], "unknown recipe 'jft'; did you mean jft-"),
         (["predict", "x", "y", "--top", "0"], "--top must be 1 or more"),
         (["predict", "x"], "no images given"),
+        (["predict", "x", "y", "--json", "--csv"], "give one of them"),
         (["evaluate", "x", "y", "--image-size", "1", "2", "3"], "one or two numbers"),
     ],
 )
@@ -115,6 +116,7 @@ def test_usage_errors_are_one_line_and_exit_2(
         (["train", "digits", "--no-such-flag", "1"], "--no-such-flag"),
         (["train"], "DATA a folder"),
         (["train", "--steps", "3"], "DATA a folder"),
+        (["train", "--recipe", "digits"], "DATA a folder"),
         (["evaluate"], "MODEL a run directory"),
         (["train", "digits", "--device", "tpu"], "tpu"),
         (["doctor", "extra"], "extra"),

@@ -229,7 +229,7 @@ def test_the_headline_and_the_tables_show_the_measured_figures(
         "abc123",
         "default 0.001",
         "2 images could not be read and were left out",
-        "3 images could not be read in training and were skipped",
+        "3 images of the data could not be read and were skipped",
         "3 notes on this result",
     ):
         assert expected in page.text, expected
@@ -465,7 +465,7 @@ def test_notes_on_the_split(tmp_path: Path, split: str, expected: str) -> None:
     result = measured(["a", "b"], n=2000)
     assert any(expected in note for note in facts.notes(run, result, split))
     assert facts.notes(run, result, "test") == [
-        "3 images could not be read in training and were skipped."
+        "3 images of the data could not be read and were skipped."
     ]
 
 

@@ -85,7 +85,7 @@ def trainings(draw: st.DrawFn) -> TrainSpec:
         epochs=draw(st.none() | st.floats(0.1, 1000)),
         time=draw(st.none() | st.sampled_from(["30m", "2h", "90s"])),
         batch_size=accumulate * draw(st.integers(1, 99)),
-        seed=draw(st.integers()),
+        seed=draw(st.integers(-(2**63), 2**63 - 1)),
         precision=draw(st.sampled_from(["auto", "float32", "bfloat16"])),
         workers=draw(st.none() | st.integers(0, 9)),
         options=ModelOptions(
@@ -164,6 +164,7 @@ NAN, INF = float("nan"), float("inf")
         *[(ViTSpec, {n: v}) for n in ("dropout", "drop_path") for v in (-0.1, 1.0, NAN)],
         *[(ViTSpec, {"norm_eps": value}) for value in (0.0, -1e-6, NAN, INF)],
         (ViTSpec, {"layer_scale": INF}),
+        *[(TrainSpec, {"seed": seed}) for seed in (2**63, -(2**63) - 1)],
         (ViTSpec, {"heads": 5}),
         (ViTSpec, {"image_size": (16, 18)}),
         (ViTSpec, {"image_size": (0, 16)}),

@@ -7,7 +7,6 @@ records and what was measured, and nothing else; what nobody recorded it says is
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from patchword import facts
 from patchword.evaluation.classify import Classification
 from patchword.facts import RunFacts
+from patchword.training.checkpoint import replace_text
 
 LISTED = 30
 """Up to this many classes are all listed; of more, the ten with the lowest recall."""
@@ -56,9 +56,7 @@ def write_model_card(run: Path, *, result: Classification, split: str, reproduce
     matter = _yaml(_front_matter(about, result, split, title))
     text = f"---\n{matter}\n---\n\n# {markdown(title)}\n\n{body}\n"
     path = run / "MODEL_CARD.md"
-    partial = run / "MODEL_CARD.md.partial"
-    partial.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(partial, path)
+    replace_text(path, text.encode("utf-8", "replace").decode())
     return path
 
 

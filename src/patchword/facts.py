@@ -27,7 +27,6 @@ class RunFacts:
     path: Path
     config: dict[str, Any]
     environment: dict[str, Any]
-    classes: list[str]
     metrics: list[dict[str, Any]]
     """one per log point"""
     evaluations: list[dict[str, Any]]
@@ -73,12 +72,10 @@ def read_run(path: Path) -> RunFacts:
     be missing, and a line that a kill cut short is left out."""
     if not (path / "config.json").is_file():
         raise PatchwordError(f"{path} is no run directory: it has no config.json; run train first")
-    classes = _json(path / "classes.json")
     return RunFacts(
         path=path,
         config=_mapping(_json(path / "config.json")),
         environment=_mapping(_json(path / "environment.json")),
-        classes=[str(name) for name in classes] if isinstance(classes, list) else [],
         metrics=_lines(path / "metrics.jsonl"),
         evaluations=_lines(path / "evaluations.jsonl"),
         summary=_mapping(_json(path / "summary.json")),
@@ -134,7 +131,7 @@ def notes(run: RunFacts, result: Classification, split: str) -> list[str]:
     bad = run.number("bad_images")
     if bad:
         verb = "was" if bad == 1 else "were"
-        found.append(f"{count(bad, 'image')} could not be read in training and {verb} skipped.")
+        found.append(f"{count(bad, 'image')} of the data could not be read and {verb} skipped.")
     rows = result.per_class.items()
     _note_classes(found, "without an image here", [k for k, row in rows if not row["n"]])
     never = [name for name, row in rows if row["n"] and row["precision"] is None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -30,6 +29,7 @@ from patchword.inspection.figures import (
     draw_curves,
     draw_reliability,
 )
+from patchword.training.checkpoint import replace_text
 
 THUMBNAIL = 160
 """Longest side of a thumbnail in the report, pixels."""
@@ -79,9 +79,7 @@ def write_report(
     ]
     page = _page(about, result, split, len(said), [s for s in sections if s[2]])
     path = run / "report.html"
-    partial = run / "report.html.partial"
-    partial.write_bytes(page.encode("utf-8", "replace"))
-    os.replace(partial, path)
+    replace_text(path, page.encode("utf-8", "replace").decode())
     return path
 
 

@@ -249,6 +249,7 @@ class TrainSpec:
             _require(
                 value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive"
             )
+        _require(-(2**63) <= self.seed < 2**63, f"seed is {self.seed}; it must fit 64 bits")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; use 1 or more")
         _require(self.keep >= 1, f"keep is {self.keep}; use 1 or more")
         _require(self.workers is None or self.workers >= 0, "workers must be 0 or more")

@@ -83,6 +83,12 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def test_16_bit_grey_is_rounded_to_the_nearest(encode):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    result = np.asarray(decode(encode(Image.fromarray(values)), 1), int)
+    np.testing.assert_array_equal(result, (values.astype(int) + 128) // 257)
+
+
 def test_16_bit_colour_is_scaled():
     values = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)

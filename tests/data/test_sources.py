@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pickle
@@ -92,6 +93,12 @@ def test_fingerprints_follow_the_data_not_the_place(folder, tmp_path):
 def manifest(root, text):
     (root / "list.csv").write_text(text, encoding="utf-8")
     return str(root / "list.csv")
+
+
+def test_fingerprints_of_names_that_are_not_utf_8(labelled):
+    odd = [os.fsdecode(name) for name in (b"caf\xe9", b"caf\xe8")]
+    prints = {dataclasses.replace(labelled([0]), keys=(name,)).fingerprint for name in odd}
+    assert len(prints) == 2
 
 
 def test_manifest(folder):
@@ -246,7 +253,11 @@ def test_parquet_errors(tmp_path, write):
         return str(caught.value)
 
     assert "without a label" in message(("train-0.parquet", [0, -1], {"names": ["a"]}))
-    assert "label 3 but 2 class" in message(("train-0.parquet", [0, 3], {"names": ["a", "b"]}))
+    for labels, span in (([0, 3], "0 to 3"), ([-5, 1], "-5 to 1")):
+        found = message(("train-0.parquet", labels, {"names": ["a", "b"]}))
+        assert f"labels from {span} but 2 class names" in found
+    mixed = message(("train-0.parquet", [0, 1], {}), ("test-0.parquet", ["0", "1"], {}))
+    assert "all whole numbers or all text" in mixed
     assert "no column image or img" in message(("train-0.parquet", [0], {"column": "photo"}))
     assert "belongs to no split" in message(("train-0.parquet", [0], {}), ("x.parquet", [0], {}))
     differing = [
@@ -269,6 +280,45 @@ def test_rows_without_an_image_are_bad(tmp_path):
     for row in range(2):
         with pytest.raises(BadImage, match="no image bytes"):
             source.read(row)
+
+
+@pytest.mark.parametrize("images", [["a.png"] * 2, [{"path": "a.png"}] * 2, [[1, 2]] * 2])
+def test_columns_that_hold_no_files_are_an_error(tmp_path, images):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "a.parquet")
+    with pytest.raises(PatchwordError, match=r"column image holds .* bytes of image"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+def test_damaged_row_groups_cost_their_own_images(tmp_path):
+    """Whichever bits of the pages are flipped; bytes that arrow does not miss are the decoder's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    rng = np.random.default_rng(0)
+    images = [{"bytes": rng.bytes(20) * 4, "path": None} for _ in range(40)]
+    pq.write_table(pa.table({"image": images, "label": [0, 1] * 20}), path, row_group_size=10)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    whole, first = path.read_bytes(), column.dictionary_page_offset
+    messages = set()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for at in rng.integers(first, first + column.total_compressed_size, 3):
+            damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        source = open_source(str(path))
+        for row in range(40):
+            try:
+                read = source.read(row)
+            except BadImage as error:
+                assert 10 <= row < 20
+                messages.add(str(error))
+            else:
+                assert 10 <= row < 20 or read == images[row]["bytes"]
+    assert len(messages) > 1
 
 
 def test_the_hub_is_read_without_decoding(monkeypatch):

@@ -26,6 +26,7 @@ SETTINGS = {
     "eval_every": 4,
     "checkpoint_every": 3,
     "workers": 0,
+    "device": "cpu",
     "precision": "float32",
 }
 

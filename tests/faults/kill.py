@@ -63,6 +63,7 @@ def command(run: Path, workers: int) -> list[str]:
         "dropout": 0.1,
         "crop": "inception",
         "workers": workers,
+        "device": "cpu",
         "out": run,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -40,6 +40,25 @@ def test_other_settings_are_refused_and_named(tmp_path, train, command, shell):
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"heads": 2}, "options.heads"),
+        ({"crop_fraction": 0.5}, "preprocess.crop_fraction"),
+        ({"image_size": 32}, "image_size"),
+        ({"eval_every": 5}, "eval_every"),
+        ({"log_every": 4}, "log_every"),
+    ],
+    ids=str,
+)
+def test_settings_left_out_are_other_settings(tmp_path, train, setting, named):
+    """Even where leaving them out means automatic, or the variant's own."""
+    rest = {"eval_every": None, "log_every": None}
+    train(tmp_path, **rest | setting)
+    with pytest.raises(UsageError, match=rf"other settings of {named};"):
+        train(tmp_path, **rest)
+
+
 def test_settings_that_change_no_weights_may_differ(tmp_path, train, stopped_at, state_of):
     train(tmp_path / "whole")
     run = tmp_path / "run"
@@ -56,6 +75,21 @@ def test_overwrite_starts_again(tmp_path, train, state_of):
     train(tmp_path / "other", seed=1)
     assert state_of(tmp_path / "run") == state_of(tmp_path / "other")
     assert (tmp_path / "run/.hidden").read_text() == "of the user"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "ViT-Tii/2"}, {"width": 33}, {"init": "nowhere"}, {"init": "run"}],
+    ids=str,
+)
+def test_a_run_that_cannot_start_overwrites_nothing(tmp_path, train, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")
+    train(run)
+    before = snapshot(run)
+    with pytest.raises(PatchwordError):
+        train(run, overwrite=True, **changes)
+    assert snapshot(run) == before
 
 
 @pytest.mark.parametrize("survivors", range(1, 6))

@@ -80,9 +80,20 @@ def test_paths_take_fewer_queries_than_keys(path: Attention, dtype: torch.dtype)
     compare(run(path, tensors, dtype), wanted, TOLERANCE[dtype])
 
 
+def test_a_single_query_is_kept_from_the_fused_kernels_of_accelerators(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """cuDNN's backward pass has failed on it. The meta device stands for one that is not a CPU."""
+    monkeypatch.delattr("torch.nn.functional.scaled_dot_product_attention")
+    q, k, v, _ = (t.to("meta", torch.float32) for t in draw((2, 3, 1, 8), keys=17))
+    assert attention(q, k, v).shape == (2, 3, 1, 8)
+    with pytest.raises(AttributeError):
+        attention(k, k, v)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inference_equals_training(dtype: torch.dtype):
-    """The dispatch looks at the grad mode; the result does not depend on it."""
+    """The result does not depend on the grad mode."""
     q, k, v, _ = (t.to(dtype) for t in draw((2, 3, 33, 16)))
     trained = attention(q, k, v)
     with torch.inference_mode():

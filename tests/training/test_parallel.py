@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,12 @@ from torch import nn
 from patchword.models.zoo import create_model
 from patchword.parsing import PatchwordError
 from patchword.training import parallel
-from patchword.training.parallel import Working, resolve_device, resolve_precision
+from patchword.training.parallel import (
+    Working,
+    make_deterministic,
+    resolve_device,
+    resolve_precision,
+)
 
 
 def trained(images: int = 8) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -134,3 +141,26 @@ def test_device(monkeypatch: pytest.MonkeyPatch):
         resolve_device("cuda")
     monkeypatch.setattr(torch.mps, "is_available", lambda: True)
     assert resolve_device() == torch.device("mps")
+
+
+def test_precision_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Only a bfloat16 that the GPU computes with itself counts."""
+    for native in (True, False):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, native=native: including_emulation or native,
+        )
+        wanted = torch.bfloat16 if native else torch.float32
+        assert resolve_precision("auto", torch.device("cuda")) is wanted
+
+
+def test_deterministic(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # put back as it was afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # as torch asks of CUDA
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,12 @@ def test_the_fields_of_evaluate_json(finished: Path, photos: Path, as_json: AsJs
 
 
 def test_which_part_is_measured(
-    finished: Path, photos: Path, make_photos: MakePhotos, tmp_path: Path, command: Command
+    finished: Path,
+    photos: Path,
+    make_photos: MakePhotos,
+    tmp_path: Path,
+    command: Command,
+    caplog: pytest.LogCaptureFixture,
 ):
     """test, else val, else what the run held out, else all; standard error says which."""
     table = {
@@ -68,6 +74,8 @@ def test_which_part_is_measured(
     code, _, err = command("evaluate", finished, data, "--workers", 0)
     assert code == 0
     assert "split all: all images of the data" in err
+    assert "images that first was trained on may be among them" in caplog.text
+    assert "start a new run" not in caplog.text
     code, _, err = command("evaluate", finished, data, "--split", "tests")
     assert code == 2
     assert "no 'tests' part" in err
@@ -236,11 +244,16 @@ def test_predict_csv(finished: Path, photos: Path, command: Command):
     assert all(float(row["probability1"]) >= float(row["probability2"]) for row in rows)
 
 
+def listed(*names: str) -> io.TextIOWrapper:
+    """Standard input that holds these lines."""
+    return io.TextIOWrapper(io.BytesIO(os.fsencode("\n".join([*names, ""]))), "utf-8")
+
+
 def test_predict_from_a_list_and_a_pattern(
     finished: Path, photos: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
     names = [str(photos / "red" / "00.jpg"), str(photos / "blue" / "01.png")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(names) + "\n\n"))
+    monkeypatch.setattr("sys.stdin", listed(*names, ""))
     code, out, _ = command("predict", finished, "-", "--json", "--workers", 0)
     assert code == 0
     assert [row["path"] for row in json.loads(out)] == names
@@ -262,6 +275,47 @@ def test_predict_table_shows_names_as_they_are(
     assert "%" in out
 
 
+def test_predict_table_shows_long_names_in_full(
+    finished: Path, photos: Path, tmp_path: Path, command: Command
+):
+    """A pipe is 80 columns wide: what does not fit goes on in the next line."""
+    long = tmp_path / ("w" * 100 + ".png")
+    shutil.copy(photos / "red" / "01.png", long)
+    code, out, err = command("predict", finished, long)
+    assert code == 0, err
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert "".join(rows) == str(long)
+
+
+def test_file_names_may_hold_more_than_utf_8(
+    finished: Path,
+    photos: Path,
+    flags: list[str],
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    odd = data / "red" / os.fsdecode(b"caf\xe9.jpg")
+    try:
+        (data / "red" / "00.jpg").rename(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    monkeypatch.setattr("sys.stdin", listed(str(odd)))
+    code, out, err = command("predict", finished, "-", "--json")
+    assert code == 0, err
+    assert [row["path"] for row in json.loads(out)] == [str(odd)]
+    for words in ((), ("--csv",)):
+        code, out, err = command("predict", finished, odd, *words)
+        assert code == 0, err
+        assert "caf\\udce9" in "".join(out.split())
+    run = tmp_path / "run"
+    code, _, err = command("train", data, *flags, "--steps", 1, "--out", run)
+    assert code == 0, err
+    assert command("evaluate", run, data)[0] == 0
+
+
 def test_found_images(tmp_path: Path, photos: Path):
     once = photos / "red" / "00.jpg"
     assert find_images([once, str(once), photos / "red"], {})[0] == str(once)
@@ -273,6 +327,27 @@ def test_found_images(tmp_path: Path, photos: Path):
     missing: dict[str, str] = {}
     assert find_images([once, "no/such.png"], missing) == [str(once)]
     assert missing == {"no/such.png": "no such file"}
+
+
+def test_folders_and_patterns_that_match_them_give_no_hidden_files(
+    tmp_path: Path, make_photos: MakePhotos
+):
+    root = make_photos(tmp_path / "new", 2)
+    for name in (".hidden.jpg", "._00.jpg", "__MACOSX/00.jpg", "notes.txt"):
+        (root / "red" / name).parent.mkdir(exist_ok=True)
+        (root / "red" / name).write_bytes(b"")
+    wanted = [str(path) for path in sorted(root.glob("*/0?.*"))]
+    assert len(wanted) == 6
+    for pattern in (root, f"{root}/", f"{root}/*"):
+        assert find_images([pattern], {}) == wanted
+
+
+def test_names_that_cannot_be_looked_up_do_not_end_the_list(photos: Path):
+    once = str(photos / "red" / "00.jpg")
+    for name in ("x" * 5000, "a\0b.png"):
+        missing: dict[str, str] = {}
+        assert find_images([name, once], missing) == [once]
+        assert missing == {name: "no such file"}
 
 
 def test_sigmoid_models_give_their_own_probabilities(tmp_path: Path, photos: Path):

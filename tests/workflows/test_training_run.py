@@ -7,15 +7,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import patchword
-from patchword import UsageError, load_model
+from patchword import PatchwordError, UsageError, load_model
 from patchword.parsing import parse
 from patchword.specs import TrainSpec
 from patchword.training.log import read_lines
+from patchword.training.loop import Run
+from patchword.training.recipes import recipe_spec
+from patchword.training.trainer import Trainer
 from patchword.weights.native import read_weights
 
 Command = Callable[..., tuple[int, str, str]]
@@ -245,6 +249,8 @@ def test_python_takes_paths(finished: Path, make_photos: MakePhotos, tmp_path: P
     assert patchword.evaluate(result.run, data).split == "test"
     again = patchword.train(config(result.run), out=tmp_path / "copy")
     assert again.summary["steps"] == 2
+    with pytest.raises(UsageError, match="whole spec is no base for recipe 'photos'"):
+        patchword.train(config(result.run), "photos")
     with pytest.raises(UsageError, match="unknown setting 'lrr'; did you mean lr"):
         patchword.train(data, lrr=1)
 
@@ -322,6 +328,58 @@ def test_tensorboard_writes_events(
     assert shown == pytest.approx([line["loss"] for line in lines])
 
 
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path):
+    """What was shown after the last checkpoint is cut, as it is from metrics.jsonl."""
+    pytest.importorskip("tensorboard")
+    settings: dict[str, Any] = {"depth": 1, "steps": 6, "log_every": 1, "checkpoint_every": 2}
+    settings |= {
+        "batch_size": 8,
+        "workers": 0,
+        "device": "cpu",
+        "tensorboard": True,
+        "out": tmp_path,
+    }
+    show = Run.show
+
+    def show_and_die(self: Run, *args: Any) -> None:
+        show(self, *args)
+        if self.trainer.progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "show", show_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            patchword.train("digits", **settings)
+    patchword.train("digits", **settings)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("length", [{"steps": 3}, {"time": "60s"}], ids=str)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_too_little_memory_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, length: dict[str, Any]
+):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    with pytest.raises(PatchwordError, match="out of memory with 8 images at a time; use --accum"):
+        patchword.train(
+            "digits", depth=1, batch_size=16, accumulate=2, workers=0, out=tmp_path, **length
+        )
+
+
 def test_bad_images_can_be_fatal(photos: Path, tmp_path: Path, flags: list[str], command: Command):
     words = ["train", photos, *flags, "--out", tmp_path / "run", "--on-bad-image", "fail"]
     code, _, err = command(*words)
@@ -368,4 +426,5 @@ def test_it_learns_digits(tmp_path: Path, command: Command):
     assert summary["split"] == "test"
     assert summary["top1"] > 0.6
     spec = config(tmp_path / "run")
-    assert (spec.recipe, spec.size) == ("digits", (8, 8))  # although the flags come first
+    assert spec.recipe == "digits"  # although the flags come first
+    assert spec.size == recipe_spec("digits", "digits").size

@@ -148,7 +148,7 @@ def _as_mode(image: Image.Image, mode: str) -> Image.Image:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits or floats, scaled (not clipped) to 8 bits."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0:
         raise BadImage("negative or non-finite pixel values")
@@ -158,4 +158,6 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         full = 1.0 if high <= 1 else 255.0
     else:
         full = 65535.0 if high <= 65535 else 2.0**31 - 1
-    return Image.fromarray(np.rint(values * (255.0 / full)).astype(np.uint8))
+    scaled = values.astype(np.float32)  # large images are in memory only once
+    scaled *= 255.0 / full
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))

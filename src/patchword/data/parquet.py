@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import logging
 import os
@@ -53,6 +54,7 @@ def open_parquet(root: Path, files: Sequence[Path]) -> Source:
                     _column(schema, IMAGE_COLUMNS, file),
                     _column(schema, LABEL_COLUMNS, file),
                 )
+                _check_images(schema.field(image), file)
                 found = opened.read(columns=[label], use_threads=False).column(label).to_pylist()
                 if _unlabelled(found, str(file)):
                     continue
@@ -98,6 +100,20 @@ def _column(schema: Any, candidates: Sequence[str], file: Path) -> str:
     )
 
 
+def _check_images(column: Any, file: Path) -> None:
+    """Raises `PatchwordError` unless an arrow field can hold encoded images."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise PatchwordError(
+            f"{file}: column {column.name} holds {column.type}; it must hold the bytes of image "
+            "files, as binary or in a struct with bytes"
+        )
+
+
 def _names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
     """Class names of the `huggingface` metadata."""
     try:
@@ -125,10 +141,13 @@ def _classes(
     if names is not None and all(isinstance(value, int) for value in values):
         numbers = np.array(values, np.int64)
         if numbers.min() < 0 or numbers.max() >= len(names):
-            raise PatchwordError(f"{where}: label {numbers.max()} but {len(names)} class names")
+            raise PatchwordError(
+                f"{where}: labels from {numbers.min()} to {numbers.max()} but {len(names)} class "
+                "names; correct either"
+            )
         return tuple(names), numbers
-    if not all(isinstance(value, (int, str)) for value in values):
-        raise PatchwordError(f"{where}: labels must be whole numbers or text")
+    if not any(all(isinstance(value, kind) for value in values) for kind in (int, str)):
+        raise PatchwordError(f"{where}: labels must be all whole numbers or all text; convert them")
     ordered = sorted(set(values))
     number = {value: i for i, value in enumerate(ordered)}
     return tuple(map(str, ordered)), np.array([number[value] for value in values], np.int64)
@@ -153,9 +172,7 @@ class ParquetReader:
         self._groups: list[tuple[int, int]] = []  # file, row group
         self._starts: list[int] = [0]
         self._columns: list[str] = []
-        self._forget()
-
-    def _forget(self) -> None:
+        self._broken: dict[int, str] = {}  # row group, reason
         self._open: dict[int, Any] = {}
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
@@ -177,10 +194,19 @@ class ParquetReader:
         """Read everything now if it is small, so that forked workers share the memory."""
         if self._bytes <= IN_MEMORY_BYTES:
             for group in range(len(self._groups)):
-                self._group(group)
+                with contextlib.suppress(BadImage):  # raised again for each of its images
+                    self._group(group)
 
     def _group(self, number: int) -> Any:
-        """The encoded images of a row group, an arrow array of binary."""
+        """The encoded images of a row group, an arrow array of binary. Raises `BadImage`."""
+        if number not in self._broken:
+            try:
+                return self._load(number)
+            except (OSError, ValueError) as error:  # as arrow's errors of reading and format are
+                self._broken[number] = " ".join(str(error).split())[:120]
+        raise BadImage(self._broken[number])
+
+    def _load(self, number: int) -> Any:
         if number in self._cache:
             if self._bytes > IN_MEMORY_BYTES:
                 self._cache.move_to_end(number)
@@ -206,10 +232,7 @@ class ParquetReader:
 
     def read(self, index: int) -> bytes:
         number = bisect.bisect_right(self._starts, index) - 1
-        try:
-            data = self._group(number)[index - self._starts[number]].as_py()
-        except OSError as error:  # arrow's errors of reading and of format are OSError
-            raise BadImage(" ".join(str(error).split())[:120]) from None
+        data = self._group(number)[index - self._starts[number]].as_py()
         if not isinstance(data, bytes):
             raise BadImage("no image bytes in this row")
         return data

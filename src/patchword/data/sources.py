@@ -76,9 +76,9 @@ class Source:
     def digests(self) -> dict[str, str]:
         """sha256 of each thing that makes the data what they are."""
         made = {
-            "files": "\0".join(self.keys).encode(),
+            "files": _bytes(self.keys),
             "labels": self.labels.astype("<i8").tobytes(),
-            "classes": "\0".join(self.classes).encode(),
+            "classes": _bytes(self.classes),
             "file sizes": self.sizes.astype("<i8").tobytes(),
         }
         return {what: hashlib.sha256(data).hexdigest() for what, data in made.items()}
@@ -87,6 +87,11 @@ class Source:
     def fingerprint(self) -> str:
         """sha256 (hex) over keys, labels, classes and file sizes."""
         return hashlib.sha256("".join(self.digests.values()).encode()).hexdigest()
+
+
+def _bytes(names: Sequence[str]) -> bytes:
+    """Names in one piece; what a file name has besides UTF-8 stays as it is."""
+    return "\0".join(names).encode("utf-8", "surrogatepass")
 
 
 def open_source(name: str) -> Source:
@@ -213,7 +218,7 @@ def _folder(root: Path) -> Source:
         for entry in _entries(base):
             if not _visible_folder(entry):
                 continue
-            for path, size in _images(entry.path):
+            for path, size in image_files(entry.path):
                 key = os.path.relpath(path, root).replace(os.sep, "/")
                 found.append((key, entry.name, split_of.get(parent, ""), size))
     if not found:
@@ -245,17 +250,18 @@ def _visible_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
 
 
-def _images(
+def image_files(
     folder: str, above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[tuple[str, int]]:
-    """(path, bytes) of every image file below `folder`; links are followed, but not in circles."""
+    """(path, bytes) of every image file below `folder` but hidden ones; links are followed, but not
+    in circles."""
     here = os.stat(folder)
     if (here.st_dev, here.st_ino) in above:
         return
     above |= {(here.st_dev, here.st_ino)}
     for entry in _entries(folder):
         if _visible_folder(entry):
-            yield from _images(entry.path, above)
+            yield from image_files(entry.path, above)
         elif _is_image(entry):
             yield entry.path, entry.stat().st_size
 
@@ -266,7 +272,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def _has_image(root: Path, top: str) -> bool:
-    return next(_images(str(root / top)), None) is not None
+    return next(image_files(str(root / top)), None) is not None
 
 
 def _parquet_files(root: Path) -> list[Path]:

@@ -18,6 +18,14 @@ Division = dict[str, np.ndarray]
 """train, val and test -> int64 positions in the source, rising; a part may be empty."""
 
 
+class NoDivision(PatchwordError):
+    """A saved division is not one of the data at hand."""
+
+    def __init__(self, cause: str, advice: str) -> None:
+        super().__init__(f"{cause}; {advice}")
+        self.cause = cause
+
+
 def divide(source: Source, *, val: float, test: float, seed: int) -> Division:
     """Complete parts: the source's own splits are kept, what is missing is held out of train.
 
@@ -89,15 +97,16 @@ def save_division(path: str | Path, source: Source, division: Division) -> None:
 
 
 def load_division(path: str | Path, source: Source) -> Division:
-    """The division that `save_division` wrote. Raises `PatchwordError` if the data have changed."""
+    """The division that `save_division` wrote. Raises `NoDivision` if the data have changed, or
+    the file is damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         saved = {part: list(content[part]) for part in ("train", "val", "test")}
         digests = dict(content["digests"])
         fingerprint = str(content["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PatchwordError(
-            f"{path} cannot be read as a division ({error}); start a new run"
+        raise NoDivision(
+            f"{path} cannot be read as a division ({error})", "start a new run"
         ) from None
     position = {key: i for i, key in enumerate(source.keys)}
     if fingerprint != source.fingerprint:
@@ -109,9 +118,9 @@ def load_division(path: str | Path, source: Source) -> Division:
             for some, word in ((gone, "gone"), (new, "new"))
             if some
         ]
-        raise PatchwordError(
-            f"the data are not those of {path}: {' and '.join(changed)} changed"
-            f"{'; ' + ', '.join(details) if details else ''}; restore them, or start a new run"
+        how = ", ".join([f"{' and '.join(changed)} changed", *details])
+        raise NoDivision(
+            f"the data are not those of {path}: {how}", "restore them, or start a new run"
         )
     try:
         return {
@@ -119,6 +128,6 @@ def load_division(path: str | Path, source: Source) -> Division:
             for part, keys in saved.items()
         }
     except KeyError as error:
-        raise PatchwordError(
-            f"{path} names {error}, which is not in the data; start a new run"
+        raise NoDivision(
+            f"{path} names {error}, which is not in the data", "start a new run"
         ) from None

@@ -61,14 +61,14 @@ class Classification:
         return counts.reshape(size, size).astype(np.int64)
 
     def reliability(
-        self, bins: int = BINS
+        self,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """Reliability diagram over equal-width bins of the confidence.
+        """Reliability diagram over `BINS` equal-width bins of the confidence.
 
-        Returns bin edges `[bins + 1]`, and per bin the accuracy, the mean confidence (both NaN
+        Returns bin edges `[BINS + 1]`, and per bin the accuracy, the mean confidence (both NaN
         where the bin is empty) and the number of images. A bin holds its upper edge.
         """
-        return _reliability(self.labels == self.predicted, self.confidence, bins)
+        return _reliability(self.labels == self.predicted, self.confidence)
 
     def mistakes(self, count: int) -> NDArray[np.int64]:
         """Positions in `labels`, `predicted`, ... of the most confident mistakes, worst first."""
@@ -295,19 +295,19 @@ def _per_class(
 
 
 def _reliability(
-    correct: NDArray[np.bool_], confidence: NDArray[np.float32], bins: int
+    correct: NDArray[np.bool_], confidence: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    place = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins).astype(np.int64)
+    edges = np.linspace(0.0, 1.0, BINS + 1)
+    place = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, BINS - 1)
+    count = np.bincount(place, minlength=BINS).astype(np.int64)
     with np.errstate(invalid="ignore"):
-        accuracy = np.bincount(place, weights=correct, minlength=bins) / count
-        mean = np.bincount(place, weights=confidence.astype(np.float64), minlength=bins) / count
+        accuracy = np.bincount(place, weights=correct, minlength=BINS) / count
+        mean = np.bincount(place, weights=confidence.astype(np.float64), minlength=BINS) / count
     return edges, accuracy, mean, count
 
 
 def _calibration_error(correct: NDArray[np.bool_], confidence: NDArray[np.float32]) -> float:
-    _, accuracy, mean, count = _reliability(correct, confidence, BINS)
+    _, accuracy, mean, count = _reliability(correct, confidence)
     filled = count > 0
     gaps = np.abs(accuracy - mean)[filled] * count[filled]
     return float(gaps.sum() / count.sum())

@@ -122,7 +122,6 @@ def draw_curves(
     title: str,
     y_label: str,
     *,
-    x_label: str = "step",
     percent: bool = False,
     mark: tuple[float, str] | None = None,
 ) -> bytes:
@@ -140,7 +139,7 @@ def draw_curves(
         axes.plot(x, shown, color=item.colour, linewidth=1.6, marker=marker, ms=3, label=item.name)
     if mark is not None:
         axes.axvline(mark[0], color=GREY, linewidth=1, linestyle="--", label=mark[1])
-    _style(axes, title, x_label, y_label)
+    _style(axes, title, "step", y_label)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

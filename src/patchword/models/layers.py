@@ -61,9 +61,15 @@ MATMUL_TOKENS = 2048
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """The fastest exact attention for this device and dtype; `[b, h, n, d]` each.
 
-    PyTorch's fused CPU kernel gains nothing from bfloat16, so there the products are explicit.
+    PyTorch's fused CPU kernel gains nothing from bfloat16, so there the products are explicit. So
+    they are on other devices for a single query: there is little to fuse, and cuDNN's backward
+    pass, PyTorch's choice on an H100, has failed on it (pytorch 138529, cudnn-frontend 1071).
     """
-    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape[2] <= MATMUL_TOKENS:
+    if q.device.type == "cpu":
+        explicit = q.dtype is torch.bfloat16 and k.shape[2] <= MATMUL_TOKENS
+    else:
+        explicit = q.shape[2] == 1
+    if explicit:
         return attention_matmul(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 

@@ -242,6 +242,12 @@ def macs(spec: ModelSpec) -> int:
             raise TypeError(f"{type(spec).__name__} is no family of models")
 
 
+def exaflops(spec: ModelSpec, images: int) -> float:
+    """Training cost: 6 x MACs x images / 1e18, for forward and backward, two operations a MAC
+    (section 4.4)."""
+    return 6 * macs(spec) * images / 1e18
+
+
 def model_cost(spec: ModelSpec) -> tuple[int, int]:
     """(parameters, multiply-accumulates per image), without allocating the model."""
     with torch.device("meta"):

@@ -82,5 +82,4 @@ def load_optimizer_state(
     for key, value in tensors.items():
         slot, name = key.split("/", 1)
         p = parameters[name]
-        on_host = slot == "step" and p.device.type == "cpu"
-        optimizer.state[p][slot] = value.clone() if on_host else value.to(p.device, copy=True)
+        optimizer.state[p][slot] = value.to(p.device, copy=True)

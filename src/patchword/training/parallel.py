@@ -45,12 +45,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def make_deterministic(on: bool) -> None:
-    """Allow only deterministic kernels (CUDA; the CPU's are deterministic at a fixed number of
-    threads)."""
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
+def make_deterministic() -> None:
+    """Allow only deterministic kernels from here on, in the whole process (CUDA; the CPU's are
+    deterministic at a fixed number of threads)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def keep_memory() -> None:

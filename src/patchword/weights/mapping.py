@@ -6,6 +6,7 @@ directions, so what a format reads it also writes.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from patchword.architecture import ModelSpec, PreprocessSpec
 from patchword.parsing import PatchwordError
+
+logger = logging.getLogger("patchword")
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = Mapping[str, Any]
@@ -210,6 +213,15 @@ def write(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Ten
     for r in rules:
         theirs.update(zip(r.theirs, r.op.write([tensors[name] for name in r.ours]), strict=True))
     return {name: value.detach().contiguous() for name, value in theirs.items()}
+
+
+def warn_eps(library: str, norm: str, ours: float, theirs: float) -> None:
+    """Says that a format has another eps in its norms than a model that is written in it."""
+    if ours != theirs:
+        logger.warning(
+            "%s's %s has eps %g, the model %g: its outputs will differ a little",
+            *(library, norm, theirs, ours),
+        )
 
 
 def fail_if(problems: list[str], where: str, end: str = "") -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from patchword.data.loader import eval_batches
-from patchword.data.sources import SUFFIXES, FileReader, Source, open_source
-from patchword.data.splits import load_division
+from patchword.data.sources import FileReader, Source, image_files, open_source
+from patchword.data.splits import NoDivision, load_division
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.evaluation.classify import Classification, Classify, match_classes
 from patchword.models.model import Model
@@ -52,14 +53,16 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "float32",
     workers: int | None = None,
-    on_bad_image: Any = "skip",
+    on_bad_image: Literal["skip", "fail"] = "skip",
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a model on a data source: accuracy, loss, calibration, per class.
 
-    `split` is train, val, test or all; by default test, else val, else the part that the run held
-    out, else all images. Labels match by class name. Raises `PatchwordError` if the model is
-    missing or damaged, or does not know the data's classes, or no image can be read.
+    `model` is a run directory, a .safetensors file, or a `ViT`, which is moved to the device and
+    left in evaluation mode. `split` is train, val, test or all; by default test, else val, else
+    the part that the run held out, else all images. Labels match by class name. Raises
+    `PatchwordError` if the model is missing or damaged, or does not know the data's classes, or no
+    image can be read.
     """
     run = None if isinstance(model, Model) else run_of(Path(model))
     net, forward, where = _load(model, image_size, device, precision)
@@ -107,12 +110,14 @@ def _load(
     where = resolve_device(device)
     if isinstance(model, Model):
         if image_size is not None:
-            raise UsageError("image_size is for weights to load; a model has its own")
+            raise UsageError("image_size is for weights to load, a model has its own; leave it out")
         net = model.to(where).eval()
     else:
         net = load_model(model, image_size=image_size, device=where)
     if not net.spec.num_classes:
-        raise PatchwordError("the model has no head: it gives features, not classes")
+        raise PatchwordError(
+            "the model has no head: it gives features, not classes; give one trained on classes"
+        )
     return net, Working(net, resolve_precision(precision, where)), where
 
 
@@ -138,10 +143,9 @@ def choose_part(source: Source, run: Path | None, split: str | None) -> tuple[st
     if run is not None:
         try:
             division = load_division(run / SPLITS, source)
-        except PatchwordError as error:
+        except NoDivision as error:
             logger.warning(
-                "%s: its division is not used, so these may be images it was trained on (%s)",
-                *(run, error),
+                "%s; images that %s was trained on may be among them", error.cause, run.name
             )
         else:
             for name, at in division.items():
@@ -190,7 +194,8 @@ def predict(
     """Classify image files, folders (searched through) and glob patterns, in order.
 
     Files that are missing or cannot be read are left out; `bad`, if given, receives path -> reason.
-    Raises `PatchwordError` if no file is found.
+    Options and models are those of `evaluate`. Raises `PatchwordError` if the model is missing or
+    damaged, and if no image is found or none can be read.
     """
     net, forward, where = _load(model, image_size, device, precision)
     bad = {} if bad is None else bad
@@ -246,20 +251,22 @@ def find_images(patterns: Iterable[str | Path], missing: dict[str, str]) -> list
     """
     found: dict[str, None] = {}
     for pattern in map(str, patterns):
-        path = Path(pattern)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            names = [str(p) for p in files if p.is_file()]
-        elif path.exists():
-            names = [pattern]
-        else:
-            names = sorted(glob.glob(pattern, recursive=True))
-        if not names:
-            missing[pattern] = "no images there" if path.is_dir() else "no such file"
+        there = os.path.exists(pattern)
+        names = [pattern] if there else sorted(glob.glob(pattern, recursive=True))
+        files = [file for name in names for file in _files(name)]
+        if not files:
+            missing[pattern] = "no images there" if names else "no such file"
             logger.warning("cannot read %s: %s", pattern, missing[pattern])
-        found |= dict.fromkeys(names)
+        found |= dict.fromkeys(files)
     if not found:
         first = next(iter(missing), None)
         where = "the list is empty" if first is None else f"no images at {first!r}"
         raise PatchwordError(f"{where}; give files, folders or a pattern")
     return list(found)
+
+
+def _files(path: str) -> list[str]:
+    """A file itself, or the image files below a folder."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(file for file, _ in image_files(path))

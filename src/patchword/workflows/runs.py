@@ -25,7 +25,7 @@ from patchword.architecture import PreprocessSpec
 from patchword.data.sources import Source
 from patchword.data.splits import Division, divide, load_division, save_division
 from patchword.models.model import Model
-from patchword.models.zoo import create_model, model_cost, model_spec, variant_name
+from patchword.models.zoo import create_model, exaflops, model_spec, variant_name
 from patchword.parsing import PatchwordError, UsageError, differences, parse, to_dict
 from patchword.specs import PreprocessOptions, TrainSpec
 from patchword.training.checkpoint import replace_text
@@ -101,13 +101,23 @@ def stored_spec(run: Path) -> TrainSpec | None:
         ) from None
 
 
-def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
-    """The stored spec, with the settings that may change as asked.
+def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Path) -> TrainSpec:
+    """`asked`, resolved; with what was measured or found when the run started, as stored.
 
-    What `asked` leaves open (None, "auto") is as stored. Raises `UsageError` naming the fields in
-    which the two differ otherwise.
+    Raises `UsageError` naming the settings in which it differs from `stored`, but for those that
+    cannot change the result.
     """
-    filled = _fill(asked, stored)
+    filled = resolve(
+        dataclasses.replace(
+            asked,
+            device=stored.device if asked.device == "auto" else asked.device,
+            precision=stored.precision if asked.precision == "auto" else asked.precision,
+            workers=stored.workers if asked.workers is None else asked.workers,
+        ),
+        division,
+    )
+    if filled.steps is None and stored.steps is not None:
+        filled = with_steps(filled, stored.steps)
     changes = differences(filled, stored, free=False)
     if changes:
         raise UsageError(
@@ -115,16 +125,6 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, run: Path) -> TrainSpec:
             "give the same ones to resume, another --out, or --overwrite to start again"
         )
     return filled
-
-
-def _fill(asked: Any, stored: Any) -> Any:
-    values: dict[str, Any] = {}
-    for f in dataclasses.fields(asked):
-        mine, theirs = getattr(asked, f.name), getattr(stored, f.name)
-        if dataclasses.is_dataclass(mine):
-            mine = _fill(mine, theirs)
-        values[f.name] = theirs if mine is None or mine == "auto" else mine
-    return dataclasses.replace(asked, **values)
 
 
 def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
@@ -166,6 +166,14 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
     elif steps is None:
         raise UsageError("no length given; use --epochs, --steps, --images or --time")
     return with_steps(spec, steps)
+
+
+def check_init_outlives(run: Path, spec: TrainSpec) -> None:
+    """Raise `UsageError` if a run in `run` would overwrite the weights that it starts from."""
+    if spec.init is not None and Path(spec.init).resolve().is_relative_to(run.resolve()):
+        raise UsageError(
+            f"--init {spec.init} lies in {run}, which the run would overwrite; give another --out"
+        )
 
 
 def default_workers() -> int:
@@ -212,15 +220,15 @@ def build_model(spec: TrainSpec, source: Source) -> Model:
     return model
 
 
-def open_division(run: Path, source: Source, spec: TrainSpec) -> Division:
-    """The division of the run, if it has one, else the one its spec makes. Raises
+def open_division(run: Path | None, source: Source, spec: TrainSpec) -> Division:
+    """The division saved with `run`, or without one that which the spec makes. Raises
     `PatchwordError` if there is nothing to tell apart."""
     if len(source.classes) < 2:
         raise PatchwordError(
             f"{source.name} has one class ({', '.join(source.classes)}); give the folder above it, "
             "with a folder per class"
         )
-    if is_run(run):
+    if run is not None:
         return load_division(run / SPLITS, source)
     data = spec.data
     return divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)
@@ -303,5 +311,4 @@ def recipe_cost(recipe: Recipe) -> str:
     if spec.model is None:
         return f"{images:,} images; exaFLOPs by the model that --init names"
     model = model_spec(spec.model, image_size=spec.size, **spec.options.given())
-    exaflops = 6 * model_cost(model)[1] * images / 1e18
-    return f"{images:,} images, {exaflops:.3g} exaFLOPs"
+    return f"{images:,} images, {exaflops(model, images):.3g} exaFLOPs"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,18 @@ from patchword.data.sources import Source, open_source
 from patchword.data.splits import Division
 from patchword.evaluation.classify import Classification
 from patchword.models.model import Model
-from patchword.models.zoo import macs, variant_name
-from patchword.parsing import PatchwordError, changed
+from patchword.models.zoo import exaflops, macs, variant_name
+from patchword.parsing import PatchwordError, UsageError, changed
 from patchword.specs import TrainSpec, seconds, with_length
 from patchword.training.checkpoint import Checkpoints, replace_text
 from patchword.training.log import Lines, LiveLine
 from patchword.training.loop import Run
-from patchword.training.parallel import keep_memory, make_deterministic, resolve_device
+from patchword.training.parallel import (
+    keep_memory,
+    make_deterministic,
+    resolve_device,
+    resolve_precision,
+)
 from patchword.training.recipes import base_spec
 from patchword.training.trainer import Trainer
 from patchword.weights.native import load_model
@@ -68,6 +73,8 @@ def train(
     """
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     if isinstance(data, TrainSpec):
+        if recipe is not None:
+            raise UsageError(f"a whole spec is no base for recipe {recipe!r}; name a source")
         spec = with_length(changed(data, **settings), data)
     else:
         base = base_spec(str(data), recipe, settings.get("init"))
@@ -77,14 +84,13 @@ def train(
     source = open_source(spec.source)
     run = Path(out) if out is not None else runs.default_run(source, spec)
     with runs.locked(run):
-        if overwrite:
-            runs.clear(run)
-        stored = runs.stored_spec(run)
-        division = runs.open_division(run, source, spec)
+        stored = None if overwrite else runs.stored_spec(run)
+        division = runs.open_division(run if stored else None, source, spec)
         if stored is None:
             spec = runs.resolve(spec, division)
+            runs.check_init_outlives(run, spec)
         else:
-            spec = runs.resume_spec(spec, stored, run)
+            spec = runs.resume_spec(spec, stored, division, run)
             summary = _read_summary(run)
             if summary.get("finished"):
                 console.print(f"{run} is finished; --overwrite trains it again", highlight=False)
@@ -103,22 +109,25 @@ def _train(
     *,
     fresh: bool,
 ) -> TrainResult:
-    make_deterministic(spec.deterministic)
+    if spec.deterministic:
+        make_deterministic()
     keep_memory()
     device = resolve_device(spec.device)
     model = runs.build_model(spec, source)
     inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
-    _say_data(console, source, division, inputs)
+    _say_data(console, source, division)
     inputs.fill_cache(console)
     if spec.steps is None:
-        steps = measure_steps(spec, inputs, started, console)
+        with _memory_explained(spec):
+            steps = measure_steps(spec, inputs, started, console)
         spec = runs.with_steps(spec, steps)
         inputs.spec = spec
         model = inputs.model = runs.build_model(spec, source)
     if fresh:
+        runs.clear(run)  # only now: a run that cannot start overwrites nothing
         runs.store(run, spec, source, division)
     _say_cost(console, spec, model, len(division["train"]))
-    trainer = Trainer(model, spec, device, _dtype(spec))
+    trainer = Trainer(model, spec, device, resolve_precision(spec.precision, device))
     checkpoints = Checkpoints(run, spec.keep)
     newest = checkpoints.newest()
     if newest is not None:
@@ -136,29 +145,28 @@ def _train(
         live=LiveLine(console),
         steps_per_epoch=len(division["train"]) / spec.batch_size,
         locate=source.location,
-        extra_log=_tensorboard(run, spec),
+        extra_log=_tensorboard(run, spec, progress.step),
     )
-    try:
+    with _memory_explained(spec):
         training.fit()
+    return _finish(run, trainer, inputs, console)
+
+
+@contextmanager
+def _memory_explained(spec: TrainSpec) -> Iterator[None]:
+    """Turn the errors of want of memory, the device's or the host's, into one with a remedy."""
+    try:
+        yield
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         raise PatchwordError(
             f"out of memory with {spec.batch_size // spec.optim.accumulate} images at a time; "
             f"use --accumulate {2 * spec.optim.accumulate}, or a smaller --batch-size"
         ) from error
-    return _finish(run, trainer, inputs, console)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _dtype(spec: TrainSpec) -> torch.dtype:
-    return torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
-
-
-def _say_data(console: Console, source: Source, division: Division, inputs: Inputs) -> None:
+def _say_data(console: Console, source: Source, division: Division) -> None:
     parts = ", ".join(f"{len(at):,} {part}" for part, at in division.items() if len(at))
     console.print(
         f"data {source.name}: {len(source.classes)} classes, {parts} images", highlight=False
@@ -173,14 +181,9 @@ def _say_cost(console: Console, spec: TrainSpec, model: Model, train_images: int
         f"model {variant_name(model.spec)}: {parameters / 1e6:.2f} M parameters, "
         f"{cost / 1e9:.3g} GMACs an image; {spec.device}, {spec.precision}\n"
         f"{steps:,} steps of {spec.batch_size} = {images:,} images = "
-        f"{images / train_images:.1f} epochs, {exaflops(model, images):.3g} exaFLOPs",
+        f"{images / train_images:.1f} epochs, {exaflops(model.spec, images):.3g} exaFLOPs",
         highlight=False,
     )
-
-
-def exaflops(model: Model, images: int) -> float:
-    """6 x MACs x images / 1e18: forward and backward, two operations a MAC (section 4.4)."""
-    return 6 * macs(model.spec) * images / 1e18
 
 
 def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Console) -> int:
@@ -192,7 +195,8 @@ def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Cons
     budget = seconds(spec.time or "")
     with console.status(f"measuring how many steps fit into {spec.time}"):
         trial = runs.with_steps(spec, 1000)
-        trainer = Trainer(inputs.model, trial, inputs.device, _dtype(spec))
+        dtype = resolve_precision(spec.precision, inputs.device)
+        trainer = Trainer(inputs.model, trial, inputs.device, dtype)
         pace = _pace(trainer, inputs, min(30.0, 0.03 * budget))
         evaluations = 0.0
         rounds = 10 if spec.eval_every is None else int(budget / pace / spec.eval_every) + 1
@@ -231,7 +235,8 @@ def _pace(trainer: Trainer, inputs: Inputs, limit: float) -> float:
     return float(np.mean(taken[3:]))
 
 
-def _tensorboard(run: Path, spec: TrainSpec) -> Callable[[dict[str, Any]], None]:
+def _tensorboard(run: Path, spec: TrainSpec, step: int) -> Callable[[dict[str, Any]], None]:
+    """What adds a line to the run's TensorBoard events, from which those after `step` are cut."""
     if not spec.tensorboard:
         return lambda line: None
     try:
@@ -240,7 +245,7 @@ def _tensorboard(run: Path, spec: TrainSpec) -> Callable[[dict[str, Any]], None]
         raise PatchwordError(
             "--tensorboard needs its extra: pip install -c constraints.txt -e '.[tensorboard]'"
         ) from None
-    writer = SummaryWriter(run / "tensorboard")
+    writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def log(line: dict[str, Any]) -> None:
         prefix = f"{line['split']}/{line['weights']}/" if "split" in line else "train/"
@@ -263,7 +268,7 @@ def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> Tr
         "images_per_second": round(progress.step * spec.batch_size / progress.seconds, 2),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "gmacs": macs(trainer.model.spec) / 1e9,
-        "exaflops": exaflops(trainer.model, progress.step * spec.batch_size),
+        "exaflops": exaflops(trainer.model.spec, progress.step * spec.batch_size),
         "best_step": progress.best_step or progress.step,
         "best_weights": progress.best_weights
         if progress.best is not None

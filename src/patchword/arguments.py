@@ -1,0 +1,198 @@
+"""What may be written after `patchword COMMAND`, and how it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import Positional
+
+from patchword.parsing import UsageError, parse, to_dict
+from patchword.specs import LENGTHS, Device, Precision, TrainSpec, with_length
+from patchword.training.recipes import base_spec, merge
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainSpec):
+    """Train a Vision Transformer, or with --init fine-tune one. The same command resumes."""
+
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder with a folder per class, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    config: str | None = None
+    """a config.json to start from, such as that of another run"""
+    out: str | None = None
+    """the run directory, by default runs/DATA-MODEL"""
+    overwrite: bool = False
+    """delete what is in the run directory and start again"""
+    json: bool = False
+    """print the result as JSON"""
+
+    @property
+    def spec(self) -> TrainSpec:
+        """The settings of the run alone."""
+        return TrainSpec(**_settings(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelArguments:
+    """How a command runs a model."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """a run directory or a .safetensors file"""
+    image_size: tuple[int, ...] | None = None
+    """one side, or height and width, in pixels; by default the model's"""
+    batch_size: int | None = None
+    """images at a time; changes speed and memory only"""
+    device: Device = "auto"
+    precision: Precision = "float32"
+    workers: int | None = None
+    """processes that read images; by default one per core, none for a few images"""
+    json: bool = False
+    """print the result as JSON"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow of this command takes. Raises `UsageError` on numbers out of range."""
+        size, batch_size, workers = self.image_size, self.batch_size, self.workers
+        if size is not None and (len(size) not in (1, 2) or min(size) < 1):
+            raise UsageError("--image-size takes one or two numbers above 0")
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"--batch-size is {batch_size}; use 1 or more")
+        if workers is not None and workers < 0:
+            raise UsageError(f"--workers is {workers}; use 0 or more")
+        values = vars(self) | {"image_size": None if size is None else (size[0], size[-1])}
+        return {name: value for name, value in values.items() if name not in ("json", "csv")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(_ModelArguments):
+    """Measure a model: accuracy, loss, calibration, recall and precision per class."""
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    split: str | None = None
+    """train, val, test or all; by default test, else val, else what the run held out, else all"""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """what to do with an image that cannot be read"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictArguments(_ModelArguments):
+    """Classify images."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")]
+    """files, folders, patterns, or - for a list on standard input"""
+    top: int = 5
+    """classes to give for each image"""
+    csv: bool = False
+    """print comma-separated values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """Train, evaluate and inspect a small model on scikit-learn's digits, in about a minute."""
+
+    out: str = "runs/demo"
+    """the run directory"""
+    seed: int = 0
+    overwrite: bool = False
+    """delete what is in the run directory and start again"""
+    json: bool = False
+    """print the result as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListArguments:
+    """What there is to choose from."""
+
+    name: Annotated[Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
+    """one of them, in detail"""
+    json: bool = False
+    """print as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """Devices, precision, threads, versions, free disk, and missing extras."""
+
+    json: bool = False
+    """print as JSON"""
+
+
+def read(cls: type[T], words: Sequence[str], command: str, **options: Any) -> T:
+    """The arguments of a command. Exits with 2 where they make no sense, with 0 after --help."""
+    return tyro.cli(cls, prog=f"patchword {command}", args=list(words), **options)
+
+
+def read_train(words: Sequence[str]) -> tuple[TrainArguments, TrainSpec]:
+    """The arguments of `patchword train`, and the settings that they make with --config or
+    --recipe. Raises `UsageError`."""
+    base = _base_spec(words)
+    default = TrainArguments(**_settings(base))
+    args = read(
+        TrainArguments, words, "train", default=default, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    lengths = [f"--{name}" for name in LENGTHS if _option(words, name) is not None]
+    if len(lengths) > 1:
+        raise UsageError(f"{' and '.join(lengths)} both set the length of the run; give one")
+    return args, with_length(args.spec, base)
+
+
+def _settings(spec: TrainSpec) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSpec)}
+
+
+def _base_spec(words: Sequence[str]) -> TrainSpec:
+    """The settings of --config or --recipe, which the flags are laid over."""
+    config, recipe, init = (_option(words, name) for name in ("config", "recipe", "init"))
+    if config is not None:
+        base = _config_spec(Path(config), recipe, init)
+        return dataclasses.replace(base, source=base.source or tyro.MISSING)
+    return dataclasses.replace(base_spec(_source(words), recipe, init), source=tyro.MISSING)
+
+
+def _source(words: Sequence[str]) -> str:
+    """The source, before the real parser is built: the first word, else `digits` if it is there;
+    others need not be told apart."""
+    if words and not words[0].startswith("-"):
+        return words[0]
+    values = ("--out", "--init", "--recipe")
+    pairs = zip(["", *words], words, strict=False)
+    found = any(word == "digits" and before not in values for before, word in pairs)
+    return "digits" if found else ""
+
+
+def _config_spec(path: Path, recipe: str | None, init: str | None) -> TrainSpec:
+    """The settings of a config file, laid over those of its recipe, or of `recipe`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} holds no JSON object; give a run's config.json")
+    for name in ("source", "recipe", "init"):
+        if not isinstance(values.get(name), str | None):
+            raise UsageError(f"--config {path}: {name} must be a string, not {values[name]!r}")
+    named, weights = recipe or values.get("recipe"), init or values.get("init")
+    base = base_spec(values.get("source") or "", named, weights)
+    length = next((name for name in LENGTHS if values.get(name) is not None), None)
+    if length is not None:  # with steps, the length that was found, not how it was asked for
+        values |= {name: None for name in LENGTHS if name != length}
+    return parse(TrainSpec, merge(to_dict(base), values))
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """The last value of --name, before the real parser is built."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=False):
+        if word == f"--{name}":
+            found = following
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found
