@@ -78,8 +78,9 @@ class StemSpec:
     """channels of the root; stage k puts out 4 * 2^k times as many (k from 0)"""
     norm_eps: float = 1e-6
     weight_eps: float = 1e-5
-    """added to the standard deviation (`weight_eps_in` is `std`) or to the variance by which the
-    convolutions' weights are divided"""
+    """added to the standard deviation (`weight_eps_in` is `std`) by which the convolutions' weights
+    are divided, or to the variance. The defaults are Google's; timm's are 1e-8 in the variance and
+    a `norm_eps` of 1e-5"""
     weight_eps_in: Literal["std", "variance"] = "std"
 
     def __post_init__(self) -> None:
@@ -228,7 +229,7 @@ class ResNetSpec(ModelSpec):
     """all channels times this: the x3 of BiT-R101x3"""
     norm_eps: float = 1e-5
     weight_eps: float = 1e-10
-    """added to the variance by whose root the convolutions' weights are divided"""
+    """added to the variance by whose root the convolutions' weights are divided; timm's is 1e-8"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
