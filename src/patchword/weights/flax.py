@@ -30,7 +30,7 @@ from patchword.weights.mapping import (
 
 CONVOLUTION = each(lambda t: t.permute(3, 2, 0, 1), lambda t: t.permute(2, 3, 1, 0))
 """Theirs `[kh, kw, in, out]`, ours `[out, in, kh, kw]`."""
-GROUP_SCALE = viewed((-1,), (1, 1, 1, -1))
+GROUP_SCALE = each(lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, 1, -1))
 """Published GroupNorms are `[1, 1, 1, C]`; Flax since 0.3.6 has `[C]`, which is read too."""
 PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/")
 """Before the names of a whole model, of its training state, or of a model with an image tower."""

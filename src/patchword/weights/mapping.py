@@ -56,8 +56,15 @@ JOINED = joined(3)
 
 
 def viewed(ours: Sequence[int], theirs: Sequence[int]) -> Op:
-    """The same numbers in the same order under another shape."""
-    return each(lambda t: t.reshape(*ours), lambda t: t.reshape(*theirs))
+    """The same numbers in the same order under another shape. Reading takes no other than
+    theirs."""
+
+    def read(tensor: Tensor) -> Tensor:
+        if tuple(tensor.shape) != tuple(theirs):
+            raise ValueError(f"{list(tensor.shape)} is not {list(theirs)}")
+        return tensor.reshape(*ours)
+
+    return each(read, lambda t: t.reshape(*theirs))
 
 
 def patches(patch: tuple[int, int], channels: int) -> Op:
