@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from patchword.models.zoo import create_model, list_models
     from patchword.parsing import PatchwordError, UsageError
     from patchword.specs import TrainSpec
-    from patchword.weights.native import load_model, save_model
+    from patchword.weights.loading import load_model
+    from patchword.weights.saving import save_model
     from patchword.workflows.measuring import Evaluation, Prediction, evaluate, predict
     from patchword.workflows.training_run import TrainResult, train
 
@@ -30,8 +31,8 @@ _HOMES = {
     "TrainSpec": "specs",
     "PatchwordError": "parsing",
     "UsageError": "parsing",
-    "load_model": "weights.native",
-    "save_model": "weights.native",
+    "load_model": "weights.loading",
+    "save_model": "weights.saving",
     "train": "workflows.training_run",
     "TrainResult": "workflows.training_run",
     "evaluate": "workflows.measuring",

@@ -45,7 +45,7 @@ class _ModelArguments:
     """How a command runs a model."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """a run directory or a .safetensors file"""
+    """a run directory, a weight file or folder of any format, or hub:ORG/NAME"""
     image_size: tuple[int, ...] | None = None
     """one side, or height and width, in pixels; by default the model's"""
     batch_size: int | None = None
@@ -54,6 +54,8 @@ class _ModelArguments:
     precision: Precision = "float32"
     workers: int | None = None
     """processes that read images; by default one per core, none for a few images"""
+    trust_pickle: bool = False
+    """read MODEL even if it is a pickle (.pth): for files whose source you trust"""
     json: bool = False
     """print the result as JSON"""
 
@@ -92,6 +94,24 @@ class PredictArguments(_ModelArguments):
     """classes to give for each image"""
     csv: bool = False
     """print comma-separated values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments:
+    """Write weights in another format, and compare what the model says before and after."""
+
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="IN")]
+    """a run directory, a weight file or folder of any format, or hub:ORG/NAME"""
+    out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")]
+    """the file to write (.safetensors, .npz, .pth as the format has them), or the folder"""
+    format: str
+    """patchword, huggingface, timm, torchvision or google-npz"""
+    trust_pickle: bool = False
+    """read IN even if it is a pickle (.pth): for files whose source you trust"""
+    overwrite: bool = False
+    """replace what is at OUT"""
+    json: bool = False
+    """print the result as JSON"""
 
 
 @dataclass(frozen=True, kw_only=True)

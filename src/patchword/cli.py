@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.table import Column, Table
 
 from patchword.arguments import (
+    ConvertArguments,
     DemoArguments,
     DoctorArguments,
     EvaluateArguments,
@@ -150,6 +151,25 @@ def demo(arguments: Sequence[str]) -> int:
     return _show_run(result.run, result.summary, args.json)
 
 
+def convert(arguments: Sequence[str]) -> int:
+    """Weights to another library's format and back."""
+    args = read(ConvertArguments, arguments, "convert")
+    from patchword.workflows.converting import convert as run
+
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    done = run(**settings)
+    if args.json:
+        out.print_json(data=done.to_dict())
+        return 0
+    for name, value in {
+        "found": done.found,
+        "written": done.written,
+        "parity": done.parity,
+    }.items():
+        out.print(f"{name:9}{value}", highlight=False, soft_wrap=True)
+    return 0
+
+
 def models(arguments: Sequence[str]) -> int:
     """The variants, with parameters and cost."""
     args = read(ListArguments, arguments, "models")
@@ -238,6 +258,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "convert": convert,
     "models": models,
     "recipes": recipes,
     "doctor": doctor,

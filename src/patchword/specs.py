@@ -206,7 +206,9 @@ class TrainSpec:
     model: str | None = None
     """variant, such as ViT-S/16; by default that of --init, else of the recipe"""
     init: str | None = None
-    """weights to start from: a .safetensors file, or a run directory"""
+    """weights to start from: a run directory, a weight file or folder, or hub:ORG/NAME"""
+    trust_pickle: bool = _free(False)
+    """read --init even if it is a pickle (.pth): for files whose source you trust"""
     image_size: tuple[int, ...] | None = None
     """one side, or height and width, in pixels; by default that of --init, else 224"""
     steps: int | None = None

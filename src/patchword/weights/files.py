@@ -21,8 +21,11 @@ from patchword.weights.npz import Contents, fill, open_npz, open_zip
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 STANDARD = (SINGLE, INDEX, PICKLE)
 """Names of weights that a config.json lies next to."""
+KEY = "patchword"
+"""In the metadata of the header of patchword's own files, which need no config.json."""
 HUB = "hub:"
 LONGEST_HEADER = 32 << 20
 LONGEST_JSON = 32 << 20
@@ -82,7 +85,7 @@ def open_container(path: str | Path, *, trust_pickle: bool = False) -> Container
         shapes=contents.shapes,
         tensor=contents.tensor,
         metadata=contents.metadata,
-        config={} if beside is None or "patchword" in contents.metadata else _configs(beside),
+        config={} if beside is None or KEY in contents.metadata else _configs(beside),
     )
 
 
@@ -124,7 +127,7 @@ def _contents(path: Path, trust_pickle: bool) -> Contents:
             return _open_pickle(path, archive, trust_pickle)
         raise PatchwordError(f"{path} is a zip archive, but neither .npz nor PyTorch's")
     if start[8:] == b"{" or path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        return open_safetensors(path)
     if start[:1] == b"\x80" or path.suffix in (".pth", ".pt", ".bin", ".pkl"):
         raise PatchwordError(
             f"{path} is a pickle of the old kind, which patchword does not read; save it again: "
@@ -138,7 +141,9 @@ def _contents(path: Path, trust_pickle: bool) -> Contents:
 # safetensors --------------------------------------------------------------------------------------
 
 
-def _open_safetensors(path: Path) -> Contents:
+def open_safetensors(path: Path) -> Contents:
+    """The tensors of one file, each read into memory of its own. Raises `PatchwordError` unless the
+    header fits the file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -186,7 +191,7 @@ def _open_shards(index: Path) -> Contents:
                 f"{file!r}"
             )
         if file not in shards:
-            shards[file] = _open_safetensors(index.with_name(file))
+            shards[file] = open_safetensors(index.with_name(file))
         if name not in shards[file].shapes:
             raise PatchwordError(f"{index} places {name!r} in {file}, where it is not")
     return Contents(
@@ -257,8 +262,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _configs(folder: Path) -> dict[str, Any]:
-    config = folder / "config.json"
-    preprocessor = folder / "preprocessor_config.json"
+    config, preprocessor = folder / CONFIG, folder / PREPROCESSOR
     found = _json(config) if config.is_file() else {}
     return found | ({"preprocessor": _json(preprocessor)} if preprocessor.is_file() else {})
 
@@ -290,7 +294,7 @@ def download(name: str, *, trust_pickle: bool = False) -> Path:
         raise PatchwordError(
             f"hub:{name} needs an extra; run: pip install 'patchword[hub]'"
         ) from None
-    configs = ["config.json", "preprocessor_config.json"]
+    configs = [CONFIG, PREPROCESSOR]
     safe = ["model*.safetensors", INDEX, "*.npz"]
     try:
         folder = Path(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from patchword.models.model import Model
 from patchword.parsing import PatchwordError
+from patchword.weights import big_vision, bit_npz, google_npz, huggingface, timm, torchvision
 from patchword.weights.mapping import Config, Found, Shapes, Written
 
 
@@ -26,37 +26,51 @@ class Format:
     """of the files that are written, the first by default; empty for a directory"""
 
 
-ROWS = (
-    ("huggingface", "Hugging Face transformers", "huggingface", ()),
-    ("torchvision", "torchvision", "torchvision", (".safetensors", ".pth")),
-    ("bit-npz", "Google BiT", "bit_npz", ()),
-    ("big-vision-npz", "Google big_vision", "big_vision", ()),
-    ("google-npz", "Google vision_transformer", "google_npz", (".npz",)),
-    ("timm", "timm", "timm", (".safetensors", ".pth")),
+FORMATS = (
+    Format(
+        name="huggingface",
+        title="Hugging Face transformers",
+        recognises=huggingface.recognises,
+        find=huggingface.find,
+        write=huggingface.write,
+    ),
+    Format(
+        name="torchvision",
+        title="torchvision",
+        recognises=torchvision.recognises,
+        find=torchvision.find,
+        write=torchvision.write,
+        suffixes=(".safetensors", ".pth"),
+    ),
+    Format(
+        name="bit-npz",
+        title="Google BiT",
+        recognises=bit_npz.recognises,
+        find=bit_npz.find,
+    ),
+    Format(
+        name="big-vision-npz",
+        title="Google big_vision",
+        recognises=big_vision.recognises,
+        find=big_vision.find,
+    ),
+    Format(
+        name="google-npz",
+        title="Google vision_transformer",
+        recognises=google_npz.recognises,
+        find=google_npz.find,
+        write=google_npz.write,
+        suffixes=(".npz",),
+    ),
+    Format(
+        name="timm",
+        title="timm",
+        recognises=timm.recognises,
+        find=timm.find,
+        write=timm.write,
+        suffixes=(".safetensors", ".pth"),
+    ),
 )
-
-
-def _formats() -> tuple[Format, ...]:
-    found = []
-    for name, title, file, suffixes in ROWS:
-        try:
-            module = importlib.import_module(f"patchword.weights.{file}")
-        except ImportError:
-            continue
-        found.append(
-            Format(
-                name=name,
-                title=title,
-                recognises=module.recognises,
-                find=module.find,
-                write=getattr(module, "write", None),
-                suffixes=suffixes,
-            )
-        )
-    return tuple(found)
-
-
-FORMATS = _formats()
 
 
 def recognise(shapes: Shapes, config: Config, where: str) -> Format:

@@ -19,10 +19,10 @@ from patchword.models.position import resample_positions
 from patchword.models.zoo import build_model, resized, spec_from_dict, variant_name
 from patchword.parsing import PatchwordError, UsageError, parse, to_dict
 from patchword.weights import mapping
-from patchword.weights.files import Container, open_container
+from patchword.weights.files import KEY, Container, open_container
 from patchword.weights.formats import Format, recognise
 from patchword.weights.mapping import Found
-from patchword.weights.native import KEY, load_tensors, read_header
+from patchword.weights.native import load_tensors, read_header
 
 logger = logging.getLogger("patchword")
 LARGEST_FIXED = 64 << 20
@@ -43,17 +43,19 @@ class WeightsFile:
     notes: tuple[str, ...] = ()
     """what was assumed, and whatever else a user should know"""
 
+    @property
+    def model(self) -> str:
+        """The name of its variant."""
+        return variant_name(self.spec)
+
     def __str__(self) -> str:
-        """What it is, on a line."""
         height, width = self.spec.image_size
-        said = f"{self.path}: {self.format} weights of {variant_name(self.spec)}, {height}x{width} px, "
-        said += f"{self.spec.num_classes} classes" if self.spec.num_classes else "no head"
-        return "; ".join([said, *self.notes])
+        head = f"{self.spec.num_classes:,} classes" if self.spec.num_classes else "no head"
+        what = f"{self.path}: {self.format} weights of {self.model}, {height}x{width} px, {head}"
+        return "; ".join([what, *self.notes])
 
 
-def describe_weights(
-    path: str | Path, *, trust_pickle: bool = False, **hints: Any
-) -> WeightsFile:
+def describe_weights(path: str | Path, *, trust_pickle: bool = False, **hints: Any) -> WeightsFile:
     """What a weight file, folder, run directory or `hub:ORG/NAME` holds, from names, shapes and
     configuration; no tensor is read. Takes and raises what `read_weights` does."""
     return _described(open_container(path, trust_pickle=trust_pickle), hints)[0]
@@ -236,12 +238,15 @@ def _assembled(
 ) -> Model:
     """The model of `spec` with a file's tensors, which it takes over without a copy."""
     _check_fit(tensors, _unfilled(file.spec), file.path)
-    if isinstance(spec, ViTSpec) and isinstance(file.spec, ViTSpec):
-        if resample_positions(tensors, file.spec, spec):
-            logger.warning(
-                "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
-                *(file.path, *file.spec.grid, *spec.grid, *spec.image_size),
-            )
+    if (
+        isinstance(spec, ViTSpec)
+        and isinstance(file.spec, ViTSpec)
+        and resample_positions(tensors, file.spec, spec)
+    ):
+        logger.warning(
+            "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
+            *(file.path, *file.spec.grid, *spec.grid, *spec.image_size),
+        )
     model = _unfilled(spec)
     model.preprocess, model.classes = file.preprocess, classes
     if fresh_head:

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from patchword.models.model import Model
 from patchword.models.zoo import spec_to_dict
 from patchword.parsing import PatchwordError, to_dict
-
-KEY = "patchword"
-"""Under which the header's metadata holds ours."""
+from patchword.weights.files import KEY, open_safetensors
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -53,20 +51,16 @@ def write_safetensors(
     sync(path)
 
 
-def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file that `save_tensors` wrote, checked against its SHA-256.
 
     Raises `PatchwordError` if the file is damaged or somebody else's.
     """
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise PatchwordError(f"{path} is not a readable safetensors file: {error}") from None
-    if KEY in metadata and _digest(tensors, metadata[KEY]) != metadata.get("sha256"):
+    file = open_safetensors(path)
+    tensors = {name: file.tensor(name) for name in file.shapes}
+    if KEY in file.metadata and _digest(tensors, file.metadata[KEY]) != file.metadata.get("sha256"):
         raise PatchwordError(f"{path} is damaged: its checksum does not match; use another copy")
-    return tensors, read_header(path, metadata)
+    return tensors, read_header(path, file.metadata)
 
 
 def read_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

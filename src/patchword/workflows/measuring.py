@@ -25,7 +25,7 @@ from patchword.parsing import PatchwordError, UsageError, nearest
 from patchword.specs import Device, Precision
 from patchword.training.parallel import Working, resolve_device, resolve_precision
 from patchword.types import Batch
-from patchword.weights.native import load_model
+from patchword.weights.loading import load_model
 from patchword.workflows.inputs import eval_batch_size
 from patchword.workflows.runs import SPLITS, default_workers
 
@@ -53,19 +53,20 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "float32",
     workers: int | None = None,
+    trust_pickle: bool = False,
     on_bad_image: Literal["skip", "fail"] = "skip",
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a model on a data source: accuracy, loss, calibration, per class.
 
-    `model` is a run directory, a .safetensors file, or a `ViT`, which is moved to the device and
+    `model` is what `load_model` takes, or a `Model`, which is moved to the device and
     left in evaluation mode. `split` is train, val, test or all; by default test, else val, else
     the part that the run held out, else all images. Labels match by class name. Raises
     `PatchwordError` if the model is missing or damaged, or does not know the data's classes, or no
     image can be read.
     """
     run = None if isinstance(model, Model) else run_of(Path(model))
-    net, forward, where = _load(model, image_size, device, precision)
+    net, forward, where = _load(model, image_size, device, precision, trust_pickle)
     source = open_source(str(data))
     name, why, indices = choose_part(source, run, split)
     classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
@@ -105,6 +106,7 @@ def _load(
     image_size: int | tuple[int, int] | None,
     device: Device,
     precision: Precision,
+    trust_pickle: bool,
 ) -> tuple[Model, Working, torch.device]:
     """The model, the same as a function in the wanted precision, and where it runs."""
     where = resolve_device(device)
@@ -113,7 +115,7 @@ def _load(
             raise UsageError("image_size is for weights to load, a model has its own; leave it out")
         net = model.to(where).eval()
     else:
-        net = load_model(model, image_size=image_size, device=where)
+        net = load_model(model, image_size=image_size, device=where, trust_pickle=trust_pickle)
     if not net.spec.num_classes:
         raise PatchwordError(
             "the model has no head: it gives features, not classes; give one trained on classes"
@@ -189,6 +191,7 @@ def predict(
     device: Device = "auto",
     precision: Precision = "float32",
     workers: int | None = None,
+    trust_pickle: bool = False,
     bad: dict[str, str] | None = None,
 ) -> list[Prediction]:
     """Classify image files, folders (searched through) and glob patterns, in order.
@@ -197,7 +200,7 @@ def predict(
     Options and models are those of `evaluate`. Raises `PatchwordError` if the model is missing or
     damaged, and if no image is found or none can be read.
     """
-    net, forward, where = _load(model, image_size, device, precision)
+    net, forward, where = _load(model, image_size, device, precision, trust_pickle)
     bad = {} if bad is None else bad
     paths = find_images([images] if isinstance(images, str | Path) else images, bad)
     source = Source(

@@ -32,7 +32,7 @@ from patchword.training.checkpoint import replace_text
 from patchword.training.optim import span
 from patchword.training.parallel import resolve_device, resolve_precision
 from patchword.training.recipes import Recipe, recipe_spec
-from patchword.weights.native import describe_weights, transfer
+from patchword.weights.loading import describe_weights, transfer
 
 logger = logging.getLogger("patchword")
 CONFIG, SUMMARY, SPLITS = "config.json", "summary.json", "splits.json"
@@ -137,7 +137,7 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
     dtype = resolve_precision(spec.precision, device)
     base, size, model = PreprocessSpec(), spec.image_size or (224,), spec.model
     if spec.init is not None:
-        file = describe_weights(spec.init)
+        file = describe_weights(spec.init, trust_pickle=spec.trust_pickle)
         base, model = file.preprocess, variant_name(file.spec)
         size = spec.image_size or file.spec.image_size
         if spec.model not in (None, model):
@@ -210,7 +210,13 @@ def build_model(spec: TrainSpec, source: Source) -> Model:
     options: dict[str, Any] = spec.options.given() | {"probability": spec.optim.loss}
     count = len(source.classes)
     if spec.init is not None:
-        model = transfer(spec.init, num_classes=count, image_size=spec.size, **options)
+        model = transfer(
+            spec.init,
+            num_classes=count,
+            image_size=spec.size,
+            trust_pickle=spec.trust_pickle,
+            **options,
+        )
     else:
         model = create_model(spec.model or "", count, spec.size, source.channels, **options)
         if spec.optim.loss == "sigmoid" and model.head is not None:

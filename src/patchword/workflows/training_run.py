@@ -33,7 +33,7 @@ from patchword.training.parallel import (
 )
 from patchword.training.recipes import base_spec
 from patchword.training.trainer import Trainer
-from patchword.weights.native import load_model
+from patchword.weights.loading import load_model
 from patchword.workflows import runs
 from patchword.workflows.inputs import Inputs, eval_batch_size
 from patchword.workflows.reporting import report_run
