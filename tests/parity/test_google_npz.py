@@ -185,6 +185,12 @@ def test_a_training_state_is_read_without_the_optimizer() -> None:
     check_same(google_npz.write(model).tensors, plain)
 
 
+def test_pre_logits_without_a_head_are_left_out() -> None:
+    plain = reference.draw(VITS["no head"][0])
+    params = plain | reference.draw(reference.dense_shapes("pre_logits", 24, 24))
+    check_same(google_npz.write(build(params, find(google_npz, params))).tensors, plain)
+
+
 def test_group_norms_of_newer_flax_are_read() -> None:
     published = reference.draw(HYBRIDS["three stages"][0])
     params = {n: v.reshape(-1) if "gn" in n else v for n, v in published.items()}
