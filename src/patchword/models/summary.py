@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchword.architecture import ModelSpec
+from patchword.models.model import Model
 from patchword.models.position import PositionRule
 from patchword.models.vit import ViT
 from patchword.models.zoo import build_model
 
 REST = "tokens and positions"
 """The name of the row for what belongs to no layer."""
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter leaves it out
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,16 @@ def layer_table(spec: ModelSpec) -> list[LayerRow]:
     `forward` leaves out those that the head does not see.
     """
     with torch.device("meta"):
-        model = build_model(spec)
+        model = build_model(spec).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as the CPU would compute it
+        model.to_empty(device="cpu")
         images = torch.empty(1, spec.in_channels, *spec.image_size)
-    model.to("meta").train()
+        return _rows(model, images)
+
+
+def _rows(model: Model, images: Tensor) -> list[LayerRow]:
     saved = _Saved(model)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={FUSED: _fused_flops})
     starts: dict[nn.Module, tuple[int, int]] = {}
     names = {part: name for name, part in _parts(model)}
     rows: list[LayerRow] = []
@@ -75,6 +84,10 @@ def layer_table(spec: ModelSpec) -> list[LayerRow]:
     return rows
 
 
+def _fused_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return cast(Any, flop_counter).sdpa_flop_count(q, k, v)
+
+
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -94,13 +107,18 @@ class _Saved:
     def __init__(self, model: nn.Module) -> None:
         self.bytes = 0
         self._storages = [p.untyped_storage() for p in model.parameters()]  # keeps them alive
-        self._seen = {StorageWeakRef(storage).cdata for storage in self._storages}
+        self._seen = {_number(storage) for storage in self._storages}
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        number = StorageWeakRef(storage).cdata
+        number = _number(storage)
         if number not in self._seen:
             self._seen.add(number)
             self._storages.append(storage)
             self.bytes += storage.nbytes()
         return tensor
+
+
+def _number(storage: torch.UntypedStorage) -> int:
+    """What tells a storage from the others that live."""
+    return cast(Any, StorageWeakRef(storage)).cdata
