@@ -321,14 +321,14 @@ def _pool(shapes: Shapes, config: Config, named: Arguments) -> dict[str, Any]:
     """The fields `pool`, `pool_norm` and `distillation`."""
     pools = {"token": "token", "avg": "gap", "map": "map"}
     own = table(config, "model_args").get("global_pool") or config.get("global_pool")
+    fc_norm, named_pool = "fc_norm.weight" in shapes, named.get("global_pool", "token")
     if own is None and "attn_pool.latent" in shapes:
-        own = "avg" if named.get("global_pool") == "avg" else "map"
+        own = "avg" if named_pool == "avg" else "map"
     elif own is None:
-        averaged = "fc_norm.weight" in shapes or "cls_token" not in shapes
-        own = named.get("global_pool") if config else "avg" if averaged else "token"
+        averaged = (fc_norm and not named.get("fc_norm")) or "cls_token" not in shapes
+        own = "avg" if averaged else named_pool
     if own not in pools:
         raise PatchwordError(f"timm's pooling {own!r} is none that patchword has; use timm")
-    fc_norm = "fc_norm.weight" in shapes
     if own == "map" and fc_norm:
         raise PatchwordError("fc_norm after attention pooling is nothing patchword has; use timm")
     distilled = own == "token" and "dist_token" in shapes
