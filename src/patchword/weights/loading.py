@@ -74,15 +74,17 @@ def read_weights(
     `trust_pickle`; `UsageError` on unknown hints.
     """
     container = open_container(path, trust_pickle=trust_pickle)
+    where = container.path
+    ours = load_tensors(where)[0] if KEY in container.metadata else {}
     file, found = _described(container, hints)
     if found is None:
-        tensors = load_tensors(container.path)[0]
-        return {n: _checked(v, f"{container.path}: {n}") for n, v in tensors.items()}, file
-
-    def tensor(name: str) -> Tensor:
-        return _checked(container.tensor(name), f"{container.path}: {name}")
-
-    return mapping.read(tensor, container.shapes, found, str(container.path)), file
+        return {name: _checked(value, f"{where}: {name}") for name, value in ours.items()}, file
+    return mapping.read(
+        lambda name: _checked(container.tensor(name), f"{where}: {name}"),
+        container.shapes,
+        found,
+        str(where),
+    ), file
 
 
 def _checked(value: Tensor, what: str) -> Tensor:
@@ -131,6 +133,8 @@ def _native(container: Container) -> WeightsFile:
         )
     except KeyError as error:
         raise PatchwordError(f"{path} holds no model: its header lacks {error}") from None
+    except UsageError as error:
+        raise PatchwordError(f"{path} is damaged or newer than this patchword: {error}") from None
     except (TypeError, AttributeError) as error:
         raise PatchwordError(f"{path} is damaged: its header has {error}") from None
 
