@@ -367,16 +367,16 @@ def test_other_names_are_not_recognised() -> None:
 def test_our_own_models_load_there(
     name: str, options: dict[str, Any], cls: str, tmp_path: Path
 ) -> None:
-    values = {"num_classes": 5, "depth": 2, "width": 32, "heads": 2, "mlp_width": 40} | options
-    ours = create_model("ViT-Ti/8", image_size=24, **values).eval()
+    values: dict[str, Any] = {"num_classes": 5, "depth": 2, "width": 32, "heads": 2} | options
+    ours = create_model("ViT-Ti/8", image_size=24, mlp_width=40, **values).eval()
     draw(ours)
     written = huggingface.write(ours)
     assert written.config["architectures"] == [cls]
     theirs = getattr(transformers, cls).from_pretrained(save(written, tmp_path)).eval()
     images = draw_images(ours.spec)
     with torch.no_grad():
-        values = theirs(images)
-        b = values.logits if ours.spec.num_classes else values.last_hidden_state[:, 0]
+        found = theirs(images)
+        b = found.logits if ours.spec.num_classes else found.last_hidden_state[:, 0]
         assert_close(ours(images), b)
     if ours.spec.num_classes:
         assert theirs.config.id2label[4] == "LABEL_4"

@@ -180,7 +180,9 @@ def rules_for(
         rule("patch_embedding.weight", f"{layout.patch}.weight", conv),
         rule("patch_embedding.bias", f"{layout.patch}.bias"),
         rule(
-            "positions.0.table", layout.position, flat if layout.position.endswith("ht") else SAME
+            "positions.0.table",
+            layout.position,
+            flat if layout.position.endswith(".weight") else SAME,
         ),
         *repeated(block_rules(layout, qkv_bias=qkv_bias), spec.depth),
         *layer("norm", layout.norm),

@@ -24,7 +24,9 @@ def read(
     if type(resample) is int and resample in RESAMPLE:
         found["interpolation"] = RESAMPLE[resample]
     elif resample != -1:
-        notes.append(f"resampling {resample!r:.20} is not known here; {default.interpolation} instead")
+        notes.append(
+            f"resampling {resample!r:.20} is not known here; {default.interpolation} instead"
+        )
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         value = values.get(theirs, getattr(default, ours))
         plain = value if isinstance(value, (list, tuple)) else [value] * spec.in_channels
