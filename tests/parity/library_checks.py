@@ -10,16 +10,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from peers import define_torchvision_operators
 from torch import Tensor, nn
 
 from patchword.models.model import Model
 from patchword.models.zoo import build_model
 from patchword.weights import mapping
 from patchword.weights.mapping import Found, Written
+from peers import define_torchvision_operators
 
 define_torchvision_operators()
-timm = importlib.import_module("timm")
+create = importlib.import_module("timm").create_model
 EXACT = 1e-9
 """of float64 logits and gradients"""
 
@@ -34,7 +34,7 @@ def perturbed(model: nn.Module) -> nn.Module:
 
 def from_timm(architecture: str, **arguments: Any) -> nn.Module:
     """timm's model of these arguments, perturbed."""
-    return perturbed(timm.create_model(architecture, **arguments))
+    return perturbed(create(architecture, **arguments))
 
 
 def find(
@@ -127,4 +127,4 @@ def check(
 
 def rebuilt_by_timm(written: Written) -> nn.Module:
     config = json.loads(json.dumps(written.config))
-    return timm.create_model(config["architecture"], **config["model_args"])
+    return create(config["architecture"], **config["model_args"])

@@ -1,8 +1,4 @@
-"""timm's state dicts and `config.json`: ViT, DeiT, DINOv2, SigLIP's tower and hybrids (`timm_vit`),
-and here BiT's ResNets and Mixers.
-
-Tensors are named as timm 1.0 names them (timm/models/resnetv2.py, mlp_mixer.py).
-"""
+"""timm's BiT ResNets and MLP-Mixers (timm/models/resnetv2.py, mlp_mixer.py)."""
 
 from __future__ import annotations
 
@@ -10,11 +6,9 @@ from typing import Any
 
 from patchword.architecture import MixerSpec, ResNetSpec
 from patchword.models.mixer import Mixer
-from patchword.models.model import Model
 from patchword.models.resnet import BIT_WIDTH, ResNet
-from patchword.models.vit import ViT
 from patchword.parsing import PatchwordError, parse
-from patchword.weights import mapping, timm_vit
+from patchword.weights import mapping
 from patchword.weights.mapping import (
     Config,
     Found,
@@ -30,9 +24,8 @@ from patchword.weights.mapping import (
     square_grid,
     viewed,
 )
-from patchword.weights.timm_config import (
+from patchword.weights.timm.config import (
     Arguments,
-    architecture,
     classes_in,
     config_of,
     input_sizes,
@@ -41,6 +34,7 @@ from patchword.weights.timm_config import (
     ratio,
     side,
 )
+from patchword.weights.timm.names import CONV_EPS, GROUP_EPS, same_filters
 
 BITS = {
     ((3, 4, 6, 3), 1): "resnetv2_50x1_bit",
@@ -70,55 +64,15 @@ MIXER_BLOCK = [
 ]
 
 
-def recognises(shapes: Shapes, config: Config) -> bool:
-    """Whether names or configuration are timm's."""
-    known = timm_vit.recognises(shapes) or _is_mixer(shapes) or _is_bit(shapes)
-    return known or ("pretrained_cfg" in config and bool(architecture(config)))
-
-
-def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
-    """The spec and the rules of timm's names and shapes. `config` is its `config.json`, {} if there
-    is none; `hints` are fields of the spec that win over what is inferred.
-
-    Raises `PatchwordError` if it is no model that patchword has."""
-    if timm_vit.recognises(shapes):
-        return timm_vit.find(shapes, config, hints)
-    if _is_mixer(shapes):
-        return _find_mixer(shapes, config, hints)
-    if _is_bit(shapes):
-        return _find_bit(shapes, config, hints)
-    name = architecture(config) or "model"
-    raise PatchwordError(
-        f"timm's {name} is none that patchword has: those are ViTs, DeiTs, hybrids, BiT ResNets "
-        "and MLP-Mixers; use timm"
-    )
-
-
-def write(model: Model) -> Written:
-    """State dict and `config.json` from which `timm.create_model` builds the same model.
-
-    A position of the class and distillation tokens that is zero throughout is left out, as in
-    timm's `no_embed_class`. Raises `PatchwordError` if timm has no such model."""
-    match model:
-        case ViT():
-            return timm_vit.write(model)
-        case Mixer():
-            return _write_mixer(model)
-        case ResNet():
-            return _write_bit(model)
-        case _:
-            raise PatchwordError(f"timm's format has no place for a {type(model).__name__}")
-
-
 # BiT ----------------------------------------------------------------------------------------------
 
 
-def _is_bit(shapes: Shapes) -> bool:
+def is_bit(shapes: Shapes) -> bool:
     return "stem.conv.weight" in shapes and "stages.0.blocks.0.conv3.weight" in shapes
 
 
 def _bit_rules(spec: ResNetSpec) -> list[Rule]:
-    scaled = timm_vit.same_filters(spec.weight_eps, "variance")
+    scaled = same_filters(spec.weight_eps, "variance")
     found = [rule("root.weight", "stem.conv.weight", scaled), *layer("norm", "norm")]
     for stage, blocks in enumerate(spec.layers):
         ours, theirs = f"stages.{stage}.", f"stages.{stage}.blocks."
@@ -138,7 +92,7 @@ def _bit_rules(spec: ResNetSpec) -> list[Rule]:
     return found
 
 
-def _find_bit(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find_bit(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     width, channels = shape_of(shapes, "stem.conv.weight", 4)[:2]
     notes: list[str] = []
     sizes = input_sizes(config, hints)
@@ -148,8 +102,8 @@ def _find_bit(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         "in_channels": channels,
         "num_classes": classes_in(shapes, "head.fc.weight"),
         "image_size": list(sizes[0] if sizes else (224, 224)),
-        "norm_eps": timm_vit.GROUP_EPS,
-        "weight_eps": timm_vit.CONV_EPS,
+        "norm_eps": GROUP_EPS,
+        "weight_eps": CONV_EPS,
     }
     spec = parse(ResNetSpec, fields | {k: v for k, v in hints.items() if k != "image_size"})
     return Found(
@@ -161,7 +115,7 @@ def _find_bit(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     )
 
 
-def _write_bit(model: ResNet) -> Written:
+def write_bit(model: ResNet) -> Written:
     spec = model.spec
     name = BITS.get((spec.layers, spec.width_factor))
     if name is None:
@@ -169,7 +123,7 @@ def _write_bit(model: ResNet) -> Written:
             f"timm names no BiT of {spec.layers} blocks and width factor {spec.width_factor}; "
             "save the model in patchword's own format"
         )
-    mapping.warn_eps("timm", "GroupNorm", spec.norm_eps, timm_vit.GROUP_EPS)
+    mapping.warn_eps("timm", "GroupNorm", spec.norm_eps, GROUP_EPS)
     return Written(
         tensors=mapping.write(model.state_dict(), _bit_rules(spec)),
         config=config_of(
@@ -186,7 +140,7 @@ def _write_bit(model: ResNet) -> Written:
 # Mixer --------------------------------------------------------------------------------------------
 
 
-def _is_mixer(shapes: Shapes) -> bool:
+def is_mixer(shapes: Shapes) -> bool:
     return "stem.proj.weight" in shapes and "blocks.0.mlp_tokens.fc1.weight" in shapes
 
 
@@ -199,7 +153,7 @@ def _mixer_rules(spec: MixerSpec) -> list[Rule]:
     return [*found, *layer("head", "head")] if spec.num_classes else found
 
 
-def _find_mixer(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find_mixer(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     width, channels, *patch = shape_of(shapes, "stem.proj.weight", 4)
     tokens, entries = shape_of(shapes, "blocks.0.mlp_tokens.fc1.weight", 2)
     sizes = [
@@ -230,7 +184,7 @@ def _find_mixer(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     )
 
 
-def _write_mixer(model: Mixer) -> Written:
+def write_mixer(model: Mixer) -> Written:
     spec = model.spec
     name = MIXERS.get((spec.depth, spec.width, spec.patch_size[0]))
     if name is None or spec.patch_size[0] != spec.patch_size[1]:

@@ -81,8 +81,9 @@ TRAITS: tuple[tuple[str, Arguments], ...] = (
     (r"^vit_\w+_r26_s32_", {"stem": (2, 2, 2, 2)}),
     (r"^vit_\w+_r50_s16_", {"stem": (3, 4, 9)}),
     (r"^vit_\w+_r50_s32_", {"stem": (3, 4, 6, 3)}),
-    (r"^test_vit2?$", {"num_heads": 2}),
-    (r"^test_vit[34]$", {"num_heads": 3, "pool_include_prefix": True}),
+    (r"^test_vit2?$", {"embed_dim": 64, "num_heads": 2}),
+    (r"^test_vit[34]$", {"embed_dim": 96, "num_heads": 3}),
+    (r"^test_vit3$", {"pool_include_prefix": True}),
 )
 """What parts of a name say beyond the size; later rows win (timm/models/vision_transformer.py,
 deit.py, vision_transformer_hybrid.py)."""
@@ -190,7 +191,7 @@ def refuse_named(config: Config, names: tuple[tuple[str, str], ...]) -> None:
     name = architecture(config)
     for pattern, what in names:
         if re.search(pattern, name):
-            raise PatchwordError(f"timm's {name} has a {what} that patchword has not; use timm")
+            raise PatchwordError(f"timm's {name} has another {what} than patchword's; use timm")
 
 
 def input_sizes(config: Config, hints: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -1,0 +1,221 @@
+"""What timm's names, shapes and `config.json` say of a Vision Transformer."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from patchword.architecture import StemSpec, ViTSpec
+from patchword.parsing import PatchwordError, parse
+from patchword.weights.mapping import (
+    Config,
+    Found,
+    Shapes,
+    count,
+    guess_heads,
+    shape_of,
+    square_grid,
+)
+from patchword.weights.timm.config import (
+    NOT_OURS,
+    VIT_DEFAULTS,
+    Arguments,
+    architecture,
+    classes_in,
+    input_sizes,
+    labels_in,
+    preprocess_in,
+    refuse_named,
+    table,
+    vit_arguments,
+)
+from patchword.weights.timm.names import CONV_EPS, GROUP_EPS, LEFTOVERS, STEM, Layout, rules
+
+NOT_OUR_TENSORS = (
+    (r"norm_pre\.", "a norm before its blocks, as CLIP's"),
+    (r"blocks\.\d+\.(attns\.|ffns\.|in_proj\.)", "parallel blocks"),
+    (r"blocks\.\d+\.attn\.(norm|lambda|gate)", "another attention"),
+    (r"blocks\.\d+\.mlp\.(fc1_g|norm)", "another MLP"),
+)
+
+
+def recognises(shapes: Shapes) -> bool:
+    return "patch_embed.proj.weight" in shapes and any(
+        name.startswith("blocks.") and ".attn" in name for name in shapes
+    )
+
+
+def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+    """The spec and the rules of a ViT's names and shapes; see `timm.find`."""
+    notes: list[str] = []
+    refuse_named(config, NOT_OURS)
+    for pattern, what in NOT_OUR_TENSORS:
+        if any(re.match(pattern, name) for name in shapes):
+            raise PatchwordError(f"this timm model has {what}, which patchword has not; use timm")
+    named = _arguments(config)
+    width, channels, *kernel = shape_of(shapes, "patch_embed.proj.weight", 4)
+    stem = _stem(shapes)
+    stride = 1
+    if stem is not None:
+        stride, channels = stem.stride, shape_of(shapes, _root(shapes), 4)[1]
+    patch = (kernel[0] * stride, kernel[1] * stride)
+    hidden = shape_of(shapes, "blocks.0.mlp.fc1.weight", 2)[0]
+    mlp_width = shape_of(shapes, "blocks.0.mlp.fc2.weight", 2)[1]
+    fields: dict[str, Any] = {
+        "stem": None if stem is None else vars(stem),
+        "patch_size": list(patch),
+        "in_channels": channels,
+        "num_classes": classes_in(shapes, "head.weight"),
+        "width": width,
+        "depth": count(shapes, r"blocks\.(\d+)\."),
+        "mlp_width": mlp_width,
+        "heads": _heads(shapes, width, named, notes if "heads" not in hints else []),
+        "activation": "swiglu" if hidden == 2 * mlp_width else activation(named),
+        "norm_eps": named.get("norm_eps", VIT_DEFAULTS["norm_eps"]),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
+        "head": "mlp" if "pre_logits.fc.weight" in shapes else "linear",
+    }
+    if "blocks.0.ls1.gamma" in shapes:
+        fields["layer_scale"] = float(named.get("init_values") or 1e-5)
+    fields |= _pool(shapes, config, named)
+    tokens = _tokens(shapes, fields["pool"])
+    leading = (fields["pool"] == "token") + (fields["distillation"] != "none")
+    prefix = sum(number for _, number in tokens)
+    fields["registers"] = prefix - leading
+    _check_pooled_tokens(fields["pool"], prefix, named)
+    size, embedded = _positions(shapes, config, hints, patch, prefix)
+    fields |= {
+        "position": "learned-1d" if "pos_embed" in shapes else "none",
+        "image_size": list(size),
+    }
+    if fields["position"] == "none" and not input_sizes(config, hints):
+        notes.append(f"assumed: images of {size[0]} x {size[1]} px; image_size=... says otherwise")
+    if not config:
+        notes.append(f"assumed: {fields['activation']}, LayerNorm eps {fields['norm_eps']}")
+    fields |= {key: value for key, value in hints.items() if key != "image_size"}
+    spec = parse(ViTSpec, fields)
+    layout = Layout(
+        tokens,
+        embedded,
+        norm="fc_norm" if "fc_norm.weight" in shapes else "norm",
+        qkv_bias="blocks.0.attn.qkv.bias" in shapes,
+    )
+    return Found(
+        spec=spec,
+        rules=rules(spec, layout),
+        preprocess=preprocess_in(config, channels, notes),
+        classes=labels_in(config, spec.num_classes),
+        ignored=LEFTOVERS if spec.pool == "map" else (*LEFTOVERS, r"attn_pool\..*"),
+        notes=tuple(notes),
+    )
+
+
+def _arguments(config: Config) -> Arguments:
+    """What the configuration says, its name's defaults below its own arguments; {} without."""
+    name = architecture(config)
+    return (vit_arguments(name) if name else {}) | dict(table(config, "model_args"))
+
+
+def _heads(shapes: Shapes, width: int, named: Arguments, notes: list[str]) -> Any:
+    if "blocks.0.attn.q_norm.weight" in shapes:
+        per_head = shape_of(shapes, "blocks.0.attn.q_norm.weight", 1)[0]
+        return width // max(per_head, 1)
+    if "num_heads" in named and named.get("embed_dim") == width:
+        return named["num_heads"]
+    heads = guess_heads(width)
+    notes.append(f"assumed: {heads} heads, as models {width} wide have; heads=... says otherwise")
+    return heads
+
+
+def activation(named: Arguments) -> str:
+    known = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+    name = named.get("act_layer") or "gelu"
+    if name not in known:
+        raise PatchwordError(f"timm's activation {name!r} is none that patchword has; use timm")
+    return known[name]
+
+
+def _pool(shapes: Shapes, config: Config, named: Arguments) -> dict[str, Any]:
+    """The fields `pool`, `pool_norm` and `distillation`."""
+    pools = {"token": "token", "avg": "gap", "map": "map"}
+    own = table(config, "model_args").get("global_pool") or config.get("global_pool")
+    fc_norm, named_pool = "fc_norm.weight" in shapes, named.get("global_pool", "token")
+    if own is None and "attn_pool.latent" in shapes:
+        own = "avg" if named_pool == "avg" else "map"
+    elif own is None:
+        averaged = (fc_norm and not named.get("fc_norm")) or "cls_token" not in shapes
+        own = "avg" if averaged else named_pool
+    if own not in pools:
+        raise PatchwordError(f"timm's pooling {own!r} is none that patchword has; use timm")
+    if own == "map" and fc_norm:
+        raise PatchwordError("fc_norm after attention pooling is nothing patchword has; use timm")
+    distilled = own == "token" and "dist_token" in shapes
+    return {
+        "pool": pools[own],
+        "pool_norm": own == "avg" and fc_norm,
+        "distillation": "head" if distilled else "none",
+    }
+
+
+def _tokens(shapes: Shapes, pool: str) -> tuple[tuple[str, int], ...]:
+    wanted = [name for name in ("cls_token", "dist_token", "reg_token") if name in shapes]
+    if pool == "token" and "cls_token" not in wanted:
+        shape_of(shapes, "cls_token", 3)
+    return tuple((name, shape_of(shapes, name, 3)[1]) for name in wanted)
+
+
+def _check_pooled_tokens(pool: str, prefix: int, named: Arguments) -> None:
+    """Ours pools by attention over all tokens, and averages over the patches alone."""
+    included = bool(named.get("pool_include_prefix", False))
+    if prefix and ((pool == "map" and not included) or (pool == "gap" and included)):
+        raise PatchwordError(
+            f"timm's pool_include_prefix={included} with {prefix} tokens before the patches is "
+            f"nothing patchword's {pool} pooling does; use timm"
+        )
+
+
+def _positions(
+    shapes: Shapes, config: Config, hints: dict[str, Any], patch: tuple[int, int], prefix: int
+) -> tuple[tuple[int, int], bool]:
+    """The image size that the position table is for, and whether it begins with the tokens."""
+    sizes = input_sizes(config, hints)
+    if "pos_embed" not in shapes:
+        height, width = sizes[0] if sizes else (224, 224)
+        return (height // patch[0] * patch[0], width // patch[1] * patch[1]), False
+    entries = shape_of(shapes, "pos_embed", 3)[1]
+    orders = (False, True) if "reg_token" in shapes else (True, False)
+    for embedded in orders if prefix else (False,):
+        left = entries - embedded * prefix
+        for size in sizes:
+            rows, columns = size[0] // patch[0], size[1] // patch[1]
+            if rows * columns == left:
+                return (rows * patch[0], columns * patch[1]), embedded
+    for embedded in orders if prefix else (False,):
+        left = entries - embedded * prefix
+        if left > 0 and math.isqrt(left) ** 2 == left:
+            return square_grid(left, patch, "pos_embed"), embedded
+    return square_grid(entries - prefix, patch, "pos_embed"), True
+
+
+def _root(shapes: Shapes) -> str:
+    return next(
+        (name for name in (f"{STEM}stem.conv.weight", f"{STEM}conv.weight") if name in shapes),
+        f"{STEM}stem.conv.weight",
+    )
+
+
+def _stem(shapes: Shapes) -> StemSpec | None:
+    if not any(name.startswith(STEM) for name in shapes):
+        return None
+    escaped = STEM.replace(".", r"\.")
+    stages = count(shapes, rf"{escaped}stages\.(\d+)\.")
+    return StemSpec(
+        layers=tuple(
+            count(shapes, rf"{escaped}stages\.{stage}\.blocks\.(\d+)\.") for stage in range(stages)
+        ),
+        width=shape_of(shapes, _root(shapes), 4)[0],
+        norm_eps=GROUP_EPS,
+        weight_eps=CONV_EPS,
+        weight_eps_in="variance",
+    )

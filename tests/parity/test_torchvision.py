@@ -1,0 +1,126 @@
+"""torchvision's weights, read and written, against torchvision."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from library_checks import build, check, find, perturbed
+from torch import nn
+
+from patchword.architecture import MixerSpec, StemSpec, ViTSpec
+from patchword.models.zoo import build_model
+from patchword.parsing import PatchwordError
+from patchword.weights import torchvision
+from patchword.weights.mapping import Written
+
+SMALL: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 24,
+    "mlp_dim": 40,
+    "num_classes": 7,
+}
+OURS = ViTSpec(depth=1, width=24, mlp_width=40, heads=2, patch_size=(8, 8), image_size=(16, 16))
+
+
+def create(**arguments: Any) -> nn.Module:
+    module = importlib.import_module("torchvision.models.vision_transformer")
+    return module.VisionTransformer(**arguments).eval()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"head": "linear", "mlp_width": 40, "depth": 2}),
+        ({"representation_size": 24}, {"head": "mlp"}),
+        ({"num_layers": 11, "patch_size": 16, "num_heads": 4}, {"depth": 11, "heads": 4}),
+    ],
+    ids=str,
+)
+def test_a_vit_agrees_both_ways(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    arguments = SMALL | changes
+
+    def rebuilt(_: Written) -> nn.Module:
+        return create(**arguments)
+
+    theirs = perturbed(create(**arguments))
+    ours, found = check(torchvision, theirs, rebuilt, heads=arguments["num_heads"])
+    assert {key: getattr(ours.spec, key) for key in expected} == expected
+    assert ours.spec.image_size == (32, 32)
+    assert found.notes == ()
+
+
+def test_the_published_size_needs_no_hint() -> None:
+    with torch.device("meta"):
+        theirs = importlib.import_module("torchvision").models.vit_b_16()
+    found = find(torchvision, theirs.state_dict())
+    assert isinstance(found.spec, ViTSpec)
+    assert (found.spec.heads, found.spec.depth, found.spec.image_size) == (12, 12, (224, 224))
+    assert any("12 heads" in note for note in found.notes)
+
+
+def test_preprocessing_is_that_of_torchvisions_weights() -> None:
+    weights = importlib.import_module("torchvision").models.ViT_B_16_Weights.IMAGENET1K_V1
+    transform = weights.transforms()
+    ours = find(torchvision, create(**SMALL).state_dict()).preprocess
+    assert list(ours.mean) == transform.mean
+    assert list(ours.std) == transform.std
+    assert ours.interpolation == transform.interpolation.value
+    assert ours.resize == "short"
+    assert transform.crop_size[0] / ours.crop_fraction == transform.resize_size[0]
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named() -> None:
+    tensors = create(**SMALL).state_dict()
+    without = {name: value for name, value in tensors.items() if "in_proj" not in name}
+    for wrong, message in (
+        (without, "in_proj_bias is missing.* and 1 more"),
+        (tensors | {"extra": torch.zeros(1)}, "extra is unexpected"),
+        (tensors | {"conv_proj.weight": torch.zeros(24, 192)}, "not of 4 axes"),
+        (tensors | {"encoder.pos_embedding": torch.zeros(1, 8, 24)}, "7 patches"),
+    ):
+        with pytest.raises(PatchwordError, match=message):
+            build(wrong, find(torchvision, wrong, heads=2))
+    other = create(**SMALL | {"representation_size": 10})
+    with pytest.raises(PatchwordError, match="10 units"):
+        find(torchvision, other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool": "gap"}, "pool gap"),
+        ({"position": "none"}, "position none"),
+        ({"position_at": "every"}, r"\(at every\)"),
+        ({"activation": "gelu_tanh"}, "activation gelu_tanh"),
+        ({"layer_scale": 0.1}, "LayerScale"),
+        ({"registers": 1}, "registers"),
+        ({"distillation": "head"}, "distillation token"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"image_size": (16, 32)}, "not square"),
+        ({"stem": StemSpec(layers=())}, "hybrid"),
+    ],
+    ids=str,
+)
+def test_what_torchvision_cannot_hold_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PatchwordError, match=f"torchvision has no .*{message}"):
+        torchvision.write(build_model(dataclasses.replace(OURS, **changes)))
+
+
+def test_other_families_are_refused() -> None:
+    spec = MixerSpec(
+        depth=1,
+        width=8,
+        tokens_mlp_width=4,
+        channels_mlp_width=4,
+        patch_size=(8, 8),
+        image_size=(16, 16),
+    )
+    with pytest.raises(PatchwordError, match="no place for a Mixer"):
+        torchvision.write(build_model(spec))
