@@ -8,56 +8,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patchword.architecture import ViTSpec
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
 from patchword.parsing import PatchwordError, nearest, to_dict
+from patchword.weights import huggingface, timm, torchvision
 from timing import Options
-
-# Parameter names of patchword to those of a library: regular expressions, applied in order.
-NAMES: dict[str, list[tuple[str, str]]] = {
-    "timm": [
-        (r"^patch_embedding", "patch_embed.proj"),
-        (r"^class_token", "cls_token"),
-        (r"^position_embedding", "pos_embed"),
-        (r"attention\.qkv", "attn.qkv"),
-        (r"attention\.projection", "attn.proj"),
-        (r"mlp\.hidden", "mlp.fc1"),
-        (r"mlp\.output", "mlp.fc2"),
-    ],
-    "torchvision": [
-        (r"^patch_embedding", "conv_proj"),
-        (r"^position_embedding", "encoder.pos_embedding"),
-        (r"^norm", "encoder.ln"),
-        (r"^head", "heads.head"),
-        (r"^blocks\.", "encoder.layers.encoder_layer_"),
-        (r"\.norm([12])", r".ln_\1"),
-        (r"attention\.qkv\.", "self_attention.in_proj_"),
-        (r"attention\.projection", "self_attention.out_proj"),
-        (r"mlp\.hidden", "mlp.0"),
-        (r"mlp\.output", "mlp.3"),
-    ],
-    "transformers": [
-        (r"^patch_embedding", "vit.embeddings.patch_embeddings.projection"),
-        (r"^class_token", "vit.embeddings.cls_token"),
-        (r"^position_embedding", "vit.embeddings.position_embeddings"),
-        (r"^norm", "vit.layernorm"),
-        (r"^head", "classifier"),
-        (r"^blocks\.", "vit.layers."),
-        (r"\.norm1", ".layernorm_before"),
-        (r"\.norm2", ".layernorm_after"),
-        (r"attention\.projection", "attention.o_proj"),
-        (r"mlp\.hidden", "mlp.fc1"),
-        (r"mlp\.output", "mlp.fc2"),
-    ],
-}
 
 
 def from_options(options: Options) -> ViT:
@@ -66,6 +27,8 @@ def from_options(options: Options) -> ViT:
     changes = {key: value for key in ("depth", "width") if (value := getattr(options, key))}
     torch.manual_seed(options.seed)
     model = create_model(options.model, options.classes, options.image_size, **changes)
+    if not isinstance(model, ViT):
+        raise PatchwordError(f"{options.model} is no ViT; peers have the paper's plain ViT only")
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -93,25 +56,6 @@ def define_torchvision_operators() -> None:
 _LIBRARIES: dict[str, torch.library.Library] = {}  # a definition lasts as long as its object
 
 
-def state_for(library: str, model: ViT) -> dict[str, Tensor]:
-    """The parameters of `model` under the names and in the shapes of `library`."""
-    spec = model.spec
-    state: dict[str, Tensor] = {}
-    for ours, value in model.state_dict().items():
-        if ours == "patch_embedding.weight":  # ours has the channels last within a patch
-            value = value.view(spec.width, *spec.patch_size, spec.in_channels)
-            value = value.permute(0, 3, 1, 2).contiguous()
-        name = ours
-        for pattern, replacement in NAMES[library]:
-            name = re.sub(pattern, replacement, name)
-        if library == "transformers" and "attention.qkv" in name:
-            for part, rows in zip("qkv", value.chunk(3), strict=True):
-                state[name.replace("qkv", f"{part}_proj")] = rows
-        else:
-            state[name] = value
-    return state
-
-
 class Logits(nn.Module):
     """A transformers model that returns its logits only."""
 
@@ -123,23 +67,18 @@ class Logits(nn.Module):
         return self.model(pixel_values=images).logits
 
 
-def _timm(spec: ViTSpec) -> Any:
-    module = importlib.import_module("timm.models.vision_transformer")
-    return module.VisionTransformer(
-        img_size=spec.image_size,
-        patch_size=spec.patch_size,
-        in_chans=spec.in_channels,
-        num_classes=spec.num_classes,
-        embed_dim=spec.width,
-        depth=spec.depth,
-        num_heads=spec.heads,
-        mlp_ratio=spec.mlp_width / spec.width,
-    )
+def _timm(model: ViT) -> nn.Module:
+    written = timm.write(model)
+    library = importlib.import_module("timm")
+    peer = library.create_model(written.config["architecture"], **written.config["model_args"])
+    peer.load_state_dict(written.tensors)
+    return peer
 
 
-def _torchvision(spec: ViTSpec) -> Any:
+def _torchvision(model: ViT) -> nn.Module:
+    spec = model.spec
     module = importlib.import_module("torchvision.models.vision_transformer")
-    return module.VisionTransformer(
+    peer = module.VisionTransformer(
         image_size=spec.image_size[0],
         patch_size=spec.patch_size[0],
         num_layers=spec.depth,
@@ -148,26 +87,23 @@ def _torchvision(spec: ViTSpec) -> Any:
         mlp_dim=spec.mlp_width,
         num_classes=spec.num_classes,
     )
+    peer.load_state_dict(torchvision.write(model).tensors)
+    return peer
 
 
-def _transformers(spec: ViTSpec) -> Any:
+def _transformers(model: ViT) -> nn.Module:
+    written = huggingface.write(model)
     library = importlib.import_module("transformers")
-    config = library.ViTConfig(
-        hidden_size=spec.width,
-        num_hidden_layers=spec.depth,
-        num_attention_heads=spec.heads,
-        intermediate_size=spec.mlp_width,
-        layer_norm_eps=spec.norm_eps,
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        num_channels=spec.in_channels,
-        num_labels=spec.num_classes,
-        attn_implementation="sdpa",
+    library.utils.logging.disable_progress_bar()
+    config = library.ViTConfig(**written.config, attn_implementation="sdpa")
+    peer = library.ViTForImageClassification.from_pretrained(
+        None, config=config, state_dict=written.tensors
     )
-    return library.ViTForImageClassification(config)
+    return Logits(peer)
 
 
-def _vit_pytorch(spec: ViTSpec) -> Any:
+def _vit_pytorch(model: ViT) -> nn.Module:
+    spec = model.spec
     return importlib.import_module("vit_pytorch").ViT(
         image_size=spec.image_size,
         patch_size=spec.patch_size,
@@ -181,12 +117,13 @@ def _vit_pytorch(spec: ViTSpec) -> Any:
     )
 
 
-BUILDERS: dict[str, Callable[[ViTSpec], Any]] = {
+BUILDERS: dict[str, Callable[[ViT], nn.Module]] = {
     "timm": _timm,
     "transformers": _transformers,
     "torchvision": _torchvision,
     "vit-pytorch": _vit_pytorch,
 }
+SAME_WEIGHTS = ("timm", "transformers", "torchvision")
 
 
 def installed() -> list[str]:
@@ -208,17 +145,15 @@ def build(library: str, model: ViT) -> nn.Module:
     if not (plain and spec.pool == "token" and spec.head == "linear"):
         raise PatchwordError("peers have the paper's plain ViT only: class token and linear head")
     define_torchvision_operators()
-    peer = BUILDERS[library](spec)
-    if library in NAMES:
-        peer.load_state_dict(state_for(library, model))
-        extra = 0
-    else:
+    peer = BUILDERS[library](model)
+    extra = 0
+    if library not in SAME_WEIGHTS:
         patch = spec.patch_size[0] * spec.patch_size[1] * spec.in_channels
         extra = 2 * patch + 2 * spec.width - 3 * spec.width * spec.depth
     ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (model, peer))
     if theirs != ours + extra:
         raise PatchwordError(f"{library} has {theirs:,} parameters, not {ours + extra:,}")
-    return Logits(peer) if library == "transformers" else peer
+    return peer
 
 
 @torch.inference_mode()
@@ -235,6 +170,8 @@ def describe(model: ViT) -> dict[str, Any]:
         "spec": to_dict(model.spec),
         "parameters": sum(p.numel() for p in model.parameters()),
         "largest_logit_difference": {
-            library: difference(library, model) for library in installed() if library in NAMES
+            library: difference(library, model)
+            for library in installed()
+            if library in SAME_WEIGHTS
         },
     }
