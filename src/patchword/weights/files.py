@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from patchword.parsing import PatchwordError, UsageError
+from patchword.parsing import PatchwordError, UsageError, nearest
 from patchword.weights.npz import Contents, fill, open_npz, open_zip
+from patchword.weights.pretrained import PRETRAINED
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
@@ -66,15 +67,17 @@ class Container:
 
 
 def open_container(path: str | Path, *, trust_pickle: bool = False) -> Container:
-    """What a file, a folder, a run directory or `hub:ORG/NAME[@REVISION]` holds, recognised by its
-    content: safetensors (also in several files with an index), `.npz`, or a PyTorch pickle.
+    """What a file, a folder, a run directory, `hub:ORG/NAME[@REVISION]` or a row of `PRETRAINED`
+    holds, recognised by its content: safetensors (also in several files with an index), `.npz`, or
+    a PyTorch pickle.
 
     A pickle is read only with `trust_pickle`, and then tensors only. Raises `PatchwordError` if
     there is none of these, or it is damaged, or claims more than it can hold.
     """
     given = Path(path)
-    if str(path).startswith(HUB):
-        given = download(str(path).removeprefix(HUB), trust_pickle=trust_pickle)
+    hub = _on_the_hub(str(path))
+    if hub is not None:
+        given = download(hub, trust_pickle=trust_pickle)
     found = find_weights(given)
     contents = _contents(found, trust_pickle)
     if not contents.shapes:
@@ -89,6 +92,15 @@ def open_container(path: str | Path, *, trust_pickle: bool = False) -> Container
     )
 
 
+def _on_the_hub(path: str) -> str | None:
+    """The `ORG/NAME[@REVISION]` that `hub:...` means, or the name of a row of `PRETRAINED` which no
+    file here has; None for files."""
+    if path.startswith(HUB):
+        return path.removeprefix(HUB)
+    known = PRETRAINED.get(path)
+    return None if known is None or Path(path).exists() else known.hub
+
+
 def find_weights(path: str | Path) -> Path:
     """The weight file that `path` means: a file; a checkpoint folder (the averaged weights if it
     has them); a run directory (`best`, else `last`); a folder as Hugging Face has them, or with one
@@ -97,7 +109,9 @@ def find_weights(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise PatchwordError(f"no such file or run directory: {path}")
+        bare = path.parent == Path() and not path.suffix
+        names = f", nor pretrained weights{nearest(str(path), PRETRAINED)}" if bare else ""
+        raise PatchwordError(f"no such file or run directory: {path}{names}")
     for folder in (path, path / "best", path / "last"):
         for name in ("average.safetensors", SINGLE):
             if (folder / name).is_file():
