@@ -460,3 +460,30 @@ def test_preprocessing_is_that_of_the_configuration() -> None:
         mean=(0, 0, 0), std=(1, 1, 1), resize="stretch", crop_fraction=1.0
     )
     assert any("lanczos" in note for note in found.notes)
+    assert any("the middle 0.9 of it" in note for note in found.notes)
+
+
+def test_one_channel_has_one_mean() -> None:
+    arguments = SMALL | {"in_chans": 1}
+    config = config_of(PLAIN, arguments) | {
+        "pretrained_cfg": {"mean": [0.2, 0.4, 0.6], "std": [0.5, 0.5, 0.5], "crop_pct": 1.0}
+    }
+    found = find(timm, create(PLAIN, **arguments).state_dict(), config)
+    assert found.preprocess.mean == pytest.approx((0.4,))
+    assert found.preprocess.crop_fraction == 1.0
+
+
+def test_an_image_that_patches_do_not_divide_is_cut_as_timm_cuts_it() -> None:
+    arguments = SMALL | {"img_size": 37}
+    tensors = create(PLAIN, **arguments).state_dict()
+    assert find(timm, tensors, config_of(PLAIN, arguments)).spec.image_size == (32, 32)
+
+
+def test_features_of_two_tokens_are_said_to_be_one() -> None:
+    arguments = SMALL | {"num_classes": 0}
+    name = "deit_tiny_distilled_patch16_224"
+    found = find(timm, create(name, **arguments).state_dict(), config_of(name, arguments))
+    assert found.notes == (
+        "features are the class token's, timm's the mean of both tokens'",
+        "preprocessing assumed: mean and std 0.5, bicubic, as in most of timm's ViTs",
+    )

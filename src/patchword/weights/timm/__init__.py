@@ -1,5 +1,5 @@
 """timm's state dicts and `config.json`: ViT, DeiT, DINOv2, SigLIP's tower and hybrids (`reading`,
-`writing`), BiT's ResNets and Mixers (`others`). Tensors are named as timm 1.0 names them.
+`writing`), BiT's ResNets and Mixers (`resnet_mixer`). Tensors are named as timm 1.0 names them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from patchword.models.resnet import ResNet
 from patchword.models.vit import ViT
 from patchword.parsing import PatchwordError
 from patchword.weights.mapping import Config, Found, Shapes, Written
-from patchword.weights.timm import others, reading, writing
+from patchword.weights.timm import reading, resnet_mixer, writing
 from patchword.weights.timm.config import architecture
 
 
 def recognises(shapes: Shapes, config: Config) -> bool:
     """Whether names or configuration are timm's."""
-    known = reading.recognises(shapes) or others.is_mixer(shapes) or others.is_bit(shapes)
+    known = (
+        reading.recognises(shapes) or resnet_mixer.is_mixer(shapes) or resnet_mixer.is_bit(shapes)
+    )
     return known or ("pretrained_cfg" in config and bool(architecture(config)))
 
 
@@ -29,10 +31,10 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     Raises `PatchwordError` if it is no model that patchword has."""
     if reading.recognises(shapes):
         return reading.find(shapes, config, hints)
-    if others.is_mixer(shapes):
-        return others.find_mixer(shapes, config, hints)
-    if others.is_bit(shapes):
-        return others.find_bit(shapes, config, hints)
+    if resnet_mixer.is_mixer(shapes):
+        return resnet_mixer.find_mixer(shapes, config, hints)
+    if resnet_mixer.is_bit(shapes):
+        return resnet_mixer.find_bit(shapes, config, hints)
     name = architecture(config) or "model"
     raise PatchwordError(
         f"timm's {name} is none that patchword has: those are ViTs, DeiTs, hybrids, BiT ResNets "
@@ -49,8 +51,8 @@ def write(model: Model) -> Written:
         case ViT():
             return writing.write(model)
         case Mixer():
-            return others.write_mixer(model)
+            return resnet_mixer.write_mixer(model)
         case ResNet():
-            return others.write_bit(model)
+            return resnet_mixer.write_bit(model)
         case _:
             raise PatchwordError(f"timm's format has no place for a {type(model).__name__}")

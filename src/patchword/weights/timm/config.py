@@ -229,6 +229,10 @@ def preprocess_in(config: Config, channels: int, notes: list[str]) -> Preprocess
     fields["crop_fraction"] = values.get("crop_pct") or 0.875
     mode = values.get("crop_mode") or "center"
     if mode == "squash":
+        if fields["crop_fraction"] != 1:
+            notes.append(
+                f"the whole image in place of the middle {fields['crop_fraction']:g} of it"
+            )
         fields |= {"resize": "stretch", "crop_fraction": 1.0}
     elif mode != "center":
         notes.append(f"a centre crop in place of timm's {mode}")

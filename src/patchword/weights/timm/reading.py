@@ -93,6 +93,8 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         notes.append(f"assumed: images of {size[0]} x {size[1]} px; image_size=... says otherwise")
     if not config:
         notes.append(f"assumed: {fields['activation']}, LayerNorm eps {fields['norm_eps']}")
+    if fields["distillation"] == "head" and not fields["num_classes"]:
+        notes.append("features are the class token's, timm's the mean of both tokens'")
     fields |= {key: value for key, value in hints.items() if key != "image_size"}
     spec = parse(ViTSpec, fields)
     layout = Layout(
