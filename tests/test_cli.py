@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from patchword import cli, list_models
+from patchword import cli, create_model, list_models, save_model
 from patchword.cli import COMMANDS, main
 from patchword.parsing import Interrupted
 from patchword.training.recipes import RECIPES
@@ -92,6 +94,7 @@ def one_line(err: str) -> str:
         (["predict", "x"], "no images given"),
         (["predict", "x", "y", "--json", "--csv"], "give one of them"),
         (["evaluate", "x", "y", "--image-size", "1", "2", "3"], "one or two numbers"),
+        (["convert", "hub:vit", "y", "--format", "timm"], "write hub:ORG/NAME"),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(
@@ -144,6 +147,7 @@ def test_the_parser_says_what_it_does_not_understand(
         (["evaluate", "no-model", "digits"], "no such file or run directory: no-model"),
         (["predict", "no-model", "x.png"], "no such file or run directory: no-model"),
         (["train", "digits", "--init", "gone"], "no such file or run directory: gone"),
+        (["convert", "gone", "m.pth", "--format", "timm"], "no such file or run directory: gone"),
     ],
 )
 def test_other_errors_are_one_line_and_exit_1(
@@ -222,6 +226,87 @@ def test_doctor(command: Command):
     code, out, _ = command("doctor")
     assert code == 0
     assert "free disk here" in out
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A weight file of patchword's own."""
+    model = create_model("ViT-mu/8", 4, 16, width=64, heads=1, classes=("a", "b", "c", "d"))
+    torch.nn.init.normal_(model.get_parameter("head.weight"))
+    return save_model(model, tmp_path / "m.safetensors")
+
+
+def test_convert(command: Command, weights: Path, tmp_path: Path):
+    """There and back, with proof."""
+    for format, name in (("timm", "t.pth"), ("huggingface", "folder"), ("torchvision", "v.pth")):
+        target = tmp_path / name
+        code, out, err = command("convert", weights, target, "--format", format)
+        assert code == 0, err
+        found, written, parity = out.splitlines()
+        assert found == f"found    {weights}: patchword weights of ViT-1x64/8, 16x16 px, 4 classes"
+        assert written.startswith(f"written  {target}")
+        assert f"{format} weights of ViT-1x64/8, 16x16 px, 4 classes" in written
+        assert parity.startswith("parity   worst logit difference ")
+        assert 0 <= float(parity.split()[4]) < (1e-2 if format == "torchvision" else 1e-5)
+        back = [target, tmp_path / "back.safetensors", "--format", "patchword"]
+        flags = ["--overwrite", "--trust-pickle", "--json"]
+        code, out, err = command("convert", *back, *flags)
+        assert code == 0, err
+        row = json.loads(out)
+        assert row["found"]["format"] == format
+        assert row["written"] == {
+            "path": str(tmp_path / "back.safetensors"),
+            "format": "patchword",
+            "model": "ViT-1x64/8",
+            "image_size": [16, 16],
+            "num_classes": 4,
+            "notes": [],
+        }
+        assert row["worst_logit_difference"] < 1e-5 < row["largest_logit"]
+
+
+def test_convert_says_when_a_file_does_not_tell_all(
+    command: Command, weights: Path, tmp_path: Path
+):
+    """The difference is that of the model as others would read it."""
+    several = save_model(
+        create_model("ViT-mu/8", 0, 16, width=64, heads=8), tmp_path / "several.safetensors"
+    )
+    code, out, _ = command("convert", several, tmp_path / "t.pth", "--format", "timm", "--json")
+    assert code == 0
+    assert json.loads(out)["worst_logit_difference"] > 1e-3
+
+
+def test_convert_writes_nothing_unasked(command: Command, weights: Path, tmp_path: Path):
+    target = tmp_path / "t.pth"
+    target.write_text("mine")
+    code, _, err = command("convert", weights, target, "--format", "timm")
+    assert code == 1
+    assert "exists; pass overwrite=True" in one_line(err)
+    assert target.read_text() == "mine"
+    code, _, err = command("convert", weights, tmp_path / "x.pth", "--format", "keras")
+    assert code == 2
+    assert "writes no format 'keras'; valid: patchword, huggingface" in one_line(err)
+
+
+def test_pickles_need_trust(command: Command, weights: Path, tmp_path: Path):
+    """By every command that reads weights."""
+    pickled = tmp_path / "t.pth"
+    assert command("convert", weights, pickled, "--format", "timm")[0] == 0
+    image = tmp_path / "x.png"
+    Image.new("RGB", (16, 16)).save(image)
+    for words in (
+        ["predict", pickled, image],
+        ["evaluate", pickled, "digits"],
+        ["convert", pickled, tmp_path / "y.safetensors", "--format", "patchword"],
+        ["train", "digits", "--init", pickled, "--steps", "1", "--out", tmp_path / "run"],
+    ):
+        code, _, err = command(*words)
+        assert code == 1
+        assert "--trust-pickle" in err.replace("\n", " ")
+    code, out, err = command("predict", pickled, image, "--trust-pickle", "--json")
+    assert code == 0, err
+    assert json.loads(out)[0]["label"] in ("0", "1", "2", "3")
 
 
 def test_unexpected_errors_are_one_line_unless_debugged(

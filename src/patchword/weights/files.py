@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickletools
 import re
 import warnings
 import zipfile
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from patchword.parsing import PatchwordError, UsageError, nearest
-from patchword.weights.npz import Contents, fill, open_npz, open_zip
+from patchword.weights.npz import UNREADABLE, Contents, fill, open_npz, open_zip
 from patchword.weights.pretrained import PRETRAINED
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,6 +36,14 @@ NESTS = (
     *("teacher", "module", "net"),
 )
 """Where training programs put the weights in their checkpoints; averaged ones first."""
+NAMING = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
+"""Opcodes of a pickle that name something of a module."""
+HARMLESS = re.compile(
+    r"torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch [A-Z]\w*Storage|torch Size"
+    r"|torch (b?float|u?int)\d+\w*|torch bool|collections (OrderedDict|defaultdict|Counter)"
+    r"|(__builtin__|builtins) (set|int|float|list|dict)"
+)
+"""Names that a state dict, or a checkpoint around it, may be made of."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -199,7 +208,7 @@ def _open_shards(index: Path) -> Contents:
         raise PatchwordError(f"{index} has no weight_map; use another copy")
     shards: dict[str, Contents] = {}
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
             raise PatchwordError(
                 f"{index} is not to be trusted: it places {name!r} outside of its folder, in "
                 f"{file!r}"
@@ -224,27 +233,53 @@ def _open_pickle(path: Path, archive: zipfile.ZipFile, trust: bool) -> Contents:
             f"{path} is a pickle, which can do more than hold tensors; if you trust where it is "
             "from, pass --trust-pickle (in Python trust_pickle=True)"
         )
-    size = path.stat().st_size
     with archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise PatchwordError(f"{path} is compressed, which torch.save does not do")
+        _check_pickle(path, archive)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a crafted or damaged file makes of it
-        what = re.search(r"GLOBAL \S+|persistent id|TorchScript", str(error))
-        reason = (
-            what[0] if what else f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        )
         raise PatchwordError(
-            f"{path} is damaged or holds more than tensors ({reason}), and patchword runs no code "
-            "from files; save its state_dict alone"
+            f"{path} is damaged or no state_dict ({type(error).__name__} while it was read); use "
+            "another copy"
         ) from None
     tensors = _state_dict(loaded, path)
-    if sum(t.numel() * t.element_size() for t in tensors.values()) > 2 * size:
+    claimed = sum(t.numel() * t.element_size() for t in tensors.values())
+    if claimed > 2 * path.stat().st_size:
         raise PatchwordError(f"{path} is not to be trusted: its tensors claim more than it holds")
     return Contents({n: tuple(t.shape) for n, t in tensors.items()}, tensors.__getitem__)
+
+
+def _check_pickle(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raises `PatchwordError` if a pickle names anything but what tensors and dictionaries need:
+    torch's own list has things that take as much memory as they are told to."""
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise PatchwordError(
+                f"{path} is compressed, which torch.save does not do; save it again"
+            )
+        if entry.filename.split("/")[-1] != "data.pkl":
+            continue
+        try:
+            strange = _strange_name(archive.read(entry))
+        except UNREADABLE as error:
+            raise PatchwordError(f"{path} is damaged: {error}; use another copy") from None
+        if strange:
+            raise PatchwordError(
+                f"{path} holds more than tensors ({strange:.80}), and patchword runs no code from "
+                "files; save its state_dict alone"
+            )
+
+
+def _strange_name(pickled: bytes) -> str | None:
+    """The first name in a pickle that is not harmless; nothing is unpickled."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name == "GLOBAL" and HARMLESS.fullmatch(str(argument)):
+            continue
+        if opcode.name in NAMING:
+            return str(argument or "a name put together").replace(" ", ".")
+    return None
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:

@@ -121,12 +121,13 @@ def _described(container: Container, hints: dict[str, Any]) -> tuple[WeightsFile
 def _native(container: Container) -> WeightsFile:
     header, path = read_header(container.path, container.metadata), container.path
     try:
-        classes, extra = header["classes"], header["extra"]
-        if not all(isinstance(name, str) for name in classes) or not isinstance(extra, dict):
-            raise TypeError("classes or extra of the wrong type")
+        model, classes, extra = header["model"], header["classes"], header["extra"]
+        kinds = isinstance(model, dict), isinstance(classes, list), isinstance(extra, dict)
+        if not all(kinds) or not all(isinstance(name, str) for name in classes):
+            raise UsageError("model, classes or extra is of the wrong type")
         return WeightsFile(
             path=path,
-            spec=spec_from_dict(header["model"]),
+            spec=spec_from_dict(model),
             preprocess=parse(PreprocessSpec, header["preprocess"]),
             classes=tuple(classes),
             extra=extra,
@@ -135,20 +136,18 @@ def _native(container: Container) -> WeightsFile:
         raise PatchwordError(f"{path} holds no model: its header lacks {error}") from None
     except UsageError as error:
         raise PatchwordError(f"{path} is damaged or newer than this patchword: {error}") from None
-    except (TypeError, AttributeError) as error:
-        raise PatchwordError(f"{path} is damaged: its header has {error}") from None
 
 
 def _foreign(container: Container, hints: dict[str, Any]) -> tuple[Format, Found]:
     path, shapes, config = container.path, container.shapes, container.config
+    firm = {name: value for name, value in hints.items() if name != "image_size"}
     try:
         known = recognise(shapes, config, str(path))
         found = known.find(shapes, config, hints)
-        firm = {name: value for name, value in hints.items() if name != "image_size"}
         spec = parse(type(found.spec), to_dict(found.spec) | firm)
-    except UsageError:
-        raise
     except PatchwordError as error:
+        if firm and isinstance(error, UsageError):
+            raise
         said = str(error)
         raise PatchwordError(said if str(path) in said else f"{path}: {said}") from None
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -241,7 +240,7 @@ def _assembled(
     fresh_head: bool = False,
 ) -> Model:
     """The model of `spec` with a file's tensors, which it takes over without a copy."""
-    _check_fit(tensors, _unfilled(file.spec), file.path)
+    _check_fit(tensors, _unfilled(file.spec, file.path), file.path)
     if (
         isinstance(spec, ViTSpec)
         and isinstance(file.spec, ViTSpec)
@@ -251,7 +250,7 @@ def _assembled(
             "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
             *(file.path, *file.spec.grid, *spec.grid, *spec.image_size),
         )
-    model = _unfilled(spec)
+    model = _unfilled(spec, file.path)
     model.preprocess, model.classes = file.preprocess, classes
     if fresh_head:
         for name in [name for name in tensors if name.startswith(model.HEADS)]:
@@ -262,10 +261,13 @@ def _assembled(
     return model
 
 
-def _unfilled(spec: ModelSpec) -> Model:
-    """A model without memory for its parameters."""
-    with torch.device("meta"):
-        return build_model(spec)
+def _unfilled(spec: ModelSpec, path: Path) -> Model:
+    """A model without memory for its parameters. Raises `PatchwordError` if none has that much."""
+    try:
+        with torch.device("meta"):
+            return build_model(spec)
+    except RuntimeError as error:
+        raise PatchwordError(f"{path}: its model cannot be built: {error}") from None
 
 
 def _fresh_head(model: Model) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from patchword.parsing import PatchwordError
 
-RATIO, SLACK = 10, 16 << 20
+RATIO, SLACK = 10, 1 << 20
 """Weights hardly compress: what unpacks to more than `RATIO` times the file and `SLACK` bytes is a
 bomb."""
 LONGEST_HEADER = 10_000
@@ -110,7 +110,10 @@ def _described(file: IO[bytes], info: zipfile.ZipInfo) -> _Array:
         raise ValueError(f"its header is {length:,} bytes long")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd literals
-        header = ast.literal_eval(file.read(length).decode("latin-1").strip())
+        try:
+            header = ast.literal_eval(file.read(length).decode("latin-1").strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            header = None
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
         raise ValueError("its header is not numpy's")
     kind, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
