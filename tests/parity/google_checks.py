@@ -10,6 +10,7 @@ import flax_reference as reference
 import numpy as np
 import torch
 from flax_reference import Array, Params
+from parity_record import noted
 from torch import nn
 
 from patchword.models.model import Model
@@ -55,7 +56,7 @@ def timm_logits(peer: Any, params: Params, path: Path, x: Array) -> Array:
 
 def check_logits(model: Model, expected: Array, x: Array, double: float = 1e-9) -> None:
     """In float32 and float64; leaves the model in float64."""
-    assert reference.relative(logits(model.float(), x), expected) < 1e-5
+    assert noted(reference.relative(logits(model.float(), x), expected)) < 1e-5
     assert reference.relative(logits(model.double(), x), expected) < double
 
 

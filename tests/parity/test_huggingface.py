@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity_record import noted
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -166,7 +167,7 @@ def test_the_same_outputs_and_gradients(case: str, source: str, tmp_path: Path) 
     images = draw_images(found.spec)
     mine, other = images.clone().requires_grad_(), images.clone().requires_grad_()
     a, b = ours(mine), output(theirs, other)
-    assert_close(a, b)
+    assert noted(float(((a - b).abs().max() / b.abs().max()).detach())) < TOLERANCE
     weights = torch.randn_like(a)
     (a * weights).sum().backward()
     (b * weights).sum().backward()
