@@ -87,7 +87,7 @@ class StdConv(nn.Module):
         weight = standardized(self.weight, self.eps, self.eps_in)
         kernel = weight.shape[-1]
         rows, columns = (_pads(n, kernel, self.stride, self.padding) for n in x.shape[-2:])
-        # One pixel wide, at stride 2, torch 2.13's own padding has no sound bfloat16 gradients on CPU
+        # One pixel wide, at stride 2, torch 2.13's padding has no sound bfloat16 gradient on CPU
         if x.shape[-1] > 1 and rows[0] == rows[1] and columns[0] == columns[1]:
             return F.conv2d(x, weight, stride=self.stride, padding=(rows[0], columns[0]))
         return F.conv2d(F.pad(x, (*columns, *rows)), weight, stride=self.stride)
