@@ -1,4 +1,4 @@
-"""The table of docs/weights.md: `PARITY_TABLE=FILE pytest tests/parity` writes it."""
+"""The table docs/parity.md: `PARITY_TABLE=docs/parity.md pytest tests/parity` writes it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ FORMATS = {
     "test_bit_npz": "Google BiT npz",
     "test_big_vision": "big_vision npz",
 }
+INTRODUCTION = """# Parity
+
+For each format and kind of model: the other library builds a small model with random weights, noise
+on all of its parameters; patchword reads them; the figure is the largest difference of float32 logits,
+over the largest logit. For the Google formats, whose code does not run here, the other side is the
+published equations in float64 (`tests/parity/flax_reference.py`). The tests also compare gradients,
+write every format that can be written, let the other library load that, and find the same again.
+
+`PARITY_TABLE=docs/parity.md python -m pytest tests/parity` writes this page.
+"""
 WORST: dict[tuple[str, str], float] = {}
 
 
@@ -38,5 +48,5 @@ def noted(difference: float) -> float:
 
 def write_table(path: Path) -> None:
     rows = [f"| {form} | {case} | {worst:.1e} |\n" for (form, case), worst in WORST.items()]
-    head = "| format | model | worst difference of logits |\n|---|---|---|\n"
+    head = INTRODUCTION + "\n| format | model | worst difference of logits |\n|---|---|---|\n"
     path.write_text(head + "".join(rows), encoding="utf-8")
