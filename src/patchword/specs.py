@@ -167,12 +167,21 @@ class OptimSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Changes to the named variant; None leaves the variant's own value."""
+    """Changes to the named variant; None leaves the variant's own value. Each is a field of a
+    family's spec, and `resolve` says which of them a family lacks."""
 
     depth: int | None = None
     width: int | None = None
     mlp_width: int | None = None
     heads: int | None = None
+    layers: tuple[int, int, int, int] | None = None
+    """blocks per stage of a BiT ResNet"""
+    width_factor: int | None = None
+    """of a BiT ResNet's channels"""
+    tokens_mlp_width: int | None = None
+    """of a Mixer, over the patches"""
+    channels_mlp_width: int | None = None
+    """of a Mixer, over the channels"""
     pool: Pool | None = None
     head: Head | None = None
     position: Position | None = None
@@ -206,7 +215,8 @@ class TrainSpec:
     model: str | None = None
     """variant, such as ViT-S/16; by default that of --init, else of the recipe"""
     init: str | None = None
-    """weights to start from: a run directory, a weight file or folder, or hub:ORG/NAME"""
+    """weights to start from: a run directory, a weight file or folder, hub:ORG/NAME, or a name that
+    `patchword models --pretrained` lists"""
     trust_pickle: bool = _free(False)
     """read --init even if it is a pickle (.pth): for files whose source you trust"""
     image_size: tuple[int, ...] | None = None

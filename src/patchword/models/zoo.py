@@ -112,6 +112,18 @@ def _row(name: str) -> tuple[type[ModelSpec], dict[str, Any]] | None:
     return None
 
 
+def model_family(name: str) -> type[ModelSpec]:
+    """The class of a variant's spec. Raises `UsageError` on unknown names, with the nearest."""
+    return _known_row(name)[0]
+
+
+def _known_row(name: str) -> tuple[type[ModelSpec], dict[str, Any]]:
+    row = _row(name)
+    if row is None:
+        raise UsageError(f"unknown model {name!r}{nearest(name, list_models())}")
+    return row
+
+
 def model_spec(
     name: str,
     *,
@@ -122,10 +134,7 @@ def model_spec(
 ) -> ModelSpec:
     """The spec of a named variant with some fields changed. Names are case-sensitive (`ViT-b` is
     not `ViT-B`). Raises `UsageError` on unknown names and options, with the nearest valid."""
-    row = _row(name)
-    if row is None:
-        raise UsageError(f"unknown model {name!r}{nearest(name, list_models())}")
-    family, base = row
+    family, base = _known_row(name)
     fields = {f.name for f in dataclasses.fields(family)}
     for option in options:
         if option not in fields:

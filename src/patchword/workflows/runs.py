@@ -21,13 +21,19 @@ import PIL
 import torch
 
 import patchword
-from patchword.architecture import PreprocessSpec
+from patchword.architecture import ModelSpec, PreprocessSpec
 from patchword.data.sources import Source
 from patchword.data.splits import Division, divide, load_division, save_division
 from patchword.models.model import Model
-from patchword.models.zoo import create_model, exaflops, model_spec, variant_name
-from patchword.parsing import PatchwordError, UsageError, differences, parse, to_dict
-from patchword.specs import PreprocessOptions, TrainSpec
+from patchword.models.zoo import (
+    create_model,
+    exaflops,
+    model_family,
+    model_spec,
+    variant_name,
+)
+from patchword.parsing import PatchwordError, UsageError, differences, nearest, parse, to_dict
+from patchword.specs import ModelOptions, PreprocessOptions, TrainSpec
 from patchword.training.checkpoint import replace_text
 from patchword.training.optim import span
 from patchword.training.parallel import resolve_device, resolve_precision
@@ -130,15 +136,15 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
 def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
     """Everything automatic but a length in time, made definite.
 
-    Raises `UsageError` if the model or the length is missing, or the weights of `init` are of
-    another model than the one named.
+    Raises `UsageError` if the model or the length is missing, the weights of `init` are of another
+    model than the one named, or the model has no such option.
     """
     device = resolve_device(spec.device)
     dtype = resolve_precision(spec.precision, device)
     base, size, model = PreprocessSpec(), spec.image_size or (224,), spec.model
     if spec.init is not None:
         file = describe_weights(spec.init, trust_pickle=spec.trust_pickle)
-        base, model = file.preprocess, variant_name(file.spec)
+        base, model, family = file.preprocess, variant_name(file.spec), type(file.spec)
         size = spec.image_size or file.spec.image_size
         if spec.model not in (None, model):
             raise UsageError(
@@ -147,6 +153,8 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
             )
     elif model is None:
         raise UsageError("no model given; use --model ViT-S/16, or --init WEIGHTS")
+    else:
+        family = model_family(model)
     spec = dataclasses.replace(
         spec,
         model=model,
@@ -155,6 +163,7 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
         precision=str(dtype).removeprefix("torch."),
         workers=default_workers() if spec.workers is None else spec.workers,
         preprocess=parse(PreprocessOptions, to_dict(spec.preprocess.over(base))),
+        options=fitting_options(spec, model, family),
     )
     steps, train_images = spec.steps, len(division["train"])
     if spec.epochs is not None:
@@ -166,6 +175,21 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
     elif steps is None:
         raise UsageError("no length given; use --epochs, --steps, --images or --time")
     return with_steps(spec, steps)
+
+
+def fitting_options(spec: TrainSpec, model: str, family: type[ModelSpec]) -> ModelOptions:
+    """The options that the model's family has. Those of the recipe that it lacks are left out: most
+    recipes were written for ViT. Raises `UsageError` if one lacks that the recipe does not give."""
+    usual = recipe_spec(spec.recipe, "").options.given() if spec.recipe else {}
+    known = {field.name for field in dataclasses.fields(family)}
+    kept: dict[str, Any] = {}
+    for name, value in spec.options.given().items():
+        if name in known:
+            kept[name] = value
+        elif usual.get(name) != value:
+            fields = [f.name for f in dataclasses.fields(ModelOptions) if f.name in known]
+            raise UsageError(f"{model} has no option {name!r}{nearest(name, fields)}")
+    return ModelOptions(**kept)
 
 
 def check_init_outlives(run: Path, spec: TrainSpec) -> None:
