@@ -17,10 +17,10 @@ FORMATS = {
 INTRODUCTION = """# Parity
 
 For each format and kind of model: the other library builds a small model with random weights, noise
-on all of its parameters; patchword reads them; the figure is the largest difference of float32 logits,
-over the largest logit. For the Google formats, whose code does not run here, the other side is the
-published equations in float64 (`tests/parity/flax_reference.py`). The tests also compare gradients,
-write every format that can be written, let the other library load that, and find the same again.
+on all of its parameters; patchword reads them; the figure is the largest difference of float32
+logits, over the largest logit. For the Google formats, whose code does not run here, the other side
+is the published equations in float64 (`tests/parity/flax_reference.py`). The tests also compare
+gradients, write what can be written, let the other library load that, and find the same again.
 
 `PARITY_TABLE=docs/parity.md python -m pytest tests/parity` writes this page.
 """
