@@ -56,7 +56,8 @@ def shape_edit(change: Callable[[list[Any], random.Random], list[Any]]) -> Edit:
 def offset_edit(change: Callable[[int, int, random.Random], list[Any]]) -> Edit:
     def edit(header: dict[str, Any], rng: random.Random) -> None:
         entry = pick(header, rng)
-        entry["data_offsets"] = change(*entry["data_offsets"], rng)
+        start, end = entry["data_offsets"]
+        entry["data_offsets"] = change(start, end, rng)
 
     return edit
 
@@ -394,7 +395,7 @@ def cases(root: Path) -> Iterator[tuple[str, Path]]:
                 rng.choice([rng.randrange(600), -rng.randrange(1, 600)]),
             )
             flipped[place] ^= 1 << rng.randrange(8)
-            yield f"flipped {k}: {path.name}", put(flipped)
+            yield f"flipped {k}: {path.name}", put(bytes(flipped))
     for name, files in folders(folder, rng):
         target = root / f"folder {name!r:.12} {rng.random()}".replace("/", "")
         target.mkdir()

@@ -46,7 +46,7 @@ def test_every_format_round_trips(tmp_path: Path, format: str, name: str, scatte
     assert path == tmp_path / "deep" / name
     assert os.listdir(path.parent) == [name]
     told = format == "patchword" or path.is_dir() or format == "google-npz"
-    hints = {} if told else {"heads": 2}
+    hints: dict[str, Any] = {} if told else {"heads": 2}
     if format == "torchvision":
         hints["norm_eps"] = 1e-6
     loaded = load_model(path, trust_pickle=True, **hints)
@@ -101,7 +101,8 @@ def test_what_does_not_read_back_is_not_kept(
 ):
     def wrong(path: Path, suffix: str, tensors: dict[str, Tensor]) -> None:
         with path.open("wb") as file:
-            np.savez(file, **{name: value.numpy() + 1 for name, value in tensors.items()})
+            changed: dict[str, Any] = {name: value.numpy() + 1 for name, value in tensors.items()}
+            np.savez(file, **changed)
 
     monkeypatch.setattr(saving, "_write_file", wrong)
     with pytest.raises(PatchwordError, match="does not read back the same"):

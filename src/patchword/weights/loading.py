@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from patchword.architecture import MixerSpec, ModelSpec, PreprocessSpec, ResNetSpec, ViTSpec
 from patchword.models.model import Model, init_lecun
@@ -261,10 +262,20 @@ def _assembled(
     return model
 
 
+class _Undrawn(TorchFunctionMode):
+    """Draws no normal numbers: a meta tensor has none, and torch loads its compiler to say so."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        return given["tensor"] if func is nn.init.normal_ else func(*args, **given)
+
+
 def _unfilled(spec: ModelSpec, path: Path) -> Model:
     """A model without memory for its parameters. Raises `PatchwordError` if none has that much."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return build_model(spec)
     except RuntimeError as error:
         raise PatchwordError(f"{path}: its model cannot be built: {error}") from None
