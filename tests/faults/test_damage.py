@@ -7,7 +7,7 @@ import pytest
 
 from patchword.parsing import PatchwordError
 from patchword.training.checkpoint import damage
-from patchword.weights.native import load_model
+from patchword.weights.loading import load_model
 
 FILES = [
     "model.safetensors",

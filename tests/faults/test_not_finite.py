@@ -106,7 +106,7 @@ def test_a_run_that_rolled_back_resumes_with_the_same_bits(
 
 def test_best_weights_survive_a_rollback(tmp_path, train, monkeypatch, poisoned):
     """Measured at step 8, which comes again with other weights that are worse, then better."""
-    from patchword.weights.native import read_weights
+    from patchword.weights.loading import read_weights
 
     tops = {"first": 0.5, "again": 0.2, "end": 0.3}
     names = iter(["raw4", "average4", "first", "first", "again", "again", "end", "end"])

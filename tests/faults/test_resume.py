@@ -9,7 +9,8 @@ import patchword
 from patchword.parsing import Interrupted
 from patchword.training.checkpoint import Checkpoints
 from patchword.training.loop import Run
-from patchword.weights.native import find_weights, load_tensors
+from patchword.weights.files import find_weights
+from patchword.weights.native import load_tensors
 from patchword.workflows.inputs import Inputs
 
 KINDS = {

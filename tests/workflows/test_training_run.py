@@ -20,7 +20,7 @@ from patchword.training.log import read_lines
 from patchword.training.loop import Run
 from patchword.training.recipes import recipe_spec
 from patchword.training.trainer import Trainer
-from patchword.weights.native import read_weights
+from patchword.weights.loading import read_weights
 
 Command = Callable[..., tuple[int, str, str]]
 MakePhotos = Callable[..., Path]

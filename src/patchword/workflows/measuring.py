@@ -131,6 +131,8 @@ def _workers(asked: int | None, images: int) -> int:
 
 def run_of(path: Path) -> Path | None:
     """The run directory that a path to weights lies in, if any."""
+    if not path.exists():
+        return None
     absolute = path.absolute()
     return next((p for p in (absolute, *absolute.parents[:3]) if (p / SPLITS).is_file()), None)
 
