@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from patchword.architecture import ModelSpec
 from patchword.models.model import Model
 from patchword.models.position import PositionRule
+from patchword.models.resnet import ResNetStem
 from patchword.models.vit import ViT
 from patchword.models.zoo import build_model
 
-REST = "tokens and positions"
-"""The name of the row for what belongs to no layer."""
+REST = "rest"
+"""The name of the row for what belongs to no layer: tokens, padding, pooling."""
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the counter leaves it out
 
 
@@ -93,9 +94,9 @@ def _size(module: nn.Module) -> int:
 
 
 def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have a row, by name: children, or theirs where these are lists."""
+    """The modules that have a row, by name: children, or theirs where these are lists or a stem."""
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, nn.ModuleList | nn.Sequential | ResNetStem):
             yield from _parts(child, f"{prefix}{name}.")
         elif not isinstance(child, PositionRule):  # it works within the blocks
             yield prefix + name, child
