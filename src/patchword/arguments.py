@@ -45,7 +45,8 @@ class _ModelArguments:
     """How a command runs a model."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """a run directory, a weight file or folder of any format, or hub:ORG/NAME"""
+    """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that
+    `patchword models --pretrained` lists"""
     image_size: tuple[int, ...] | None = None
     """one side, or height and width, in pixels; by default the model's"""
     batch_size: int | None = None
@@ -61,15 +62,20 @@ class _ModelArguments:
 
     def settings(self) -> dict[str, Any]:
         """What the workflow of this command takes. Raises `UsageError` on numbers out of range."""
-        size, batch_size, workers = self.image_size, self.batch_size, self.workers
-        if size is not None and (len(size) not in (1, 2) or min(size) < 1):
-            raise UsageError("--image-size takes one or two numbers above 0")
+        batch_size, workers = self.batch_size, self.workers
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"--batch-size is {batch_size}; use 1 or more")
         if workers is not None and workers < 0:
             raise UsageError(f"--workers is {workers}; use 0 or more")
-        values = vars(self) | {"image_size": None if size is None else (size[0], size[-1])}
+        values = vars(self) | {"image_size": _sides(self.image_size)}
         return {name: value for name, value in values.items() if name not in ("json", "csv")}
+
+
+def _sides(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """(height, width) of what --image-size was given. Raises `UsageError`."""
+    if size is not None and (len(size) not in (1, 2) or min(size) < 1):
+        raise UsageError("--image-size takes one or two numbers above 0")
+    return None if size is None else (size[0], size[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,8 @@ class ConvertArguments:
     """Write weights in another format, and compare what the model says before and after."""
 
     source: Annotated[Positional[str], tyro.conf.arg(metavar="IN")]
-    """a run directory, a weight file or folder of any format, or hub:ORG/NAME"""
+    """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that
+    `patchword models --pretrained` lists"""
     out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")]
     """the file to write (.safetensors, .npz, .pth as the format has them), or the folder"""
     format: str
@@ -135,6 +142,30 @@ class ListArguments:
     """one of them, in detail"""
     json: bool = False
     """print as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsArguments(ListArguments):
+    """The variants with parameters and cost; with a name, its layers one by one."""
+
+    image_size: tuple[int, ...] | None = None
+    """of the model in detail: one side, or height and width, in pixels; by default 224"""
+    classes: int | None = None
+    """of the model in detail; by default 1000"""
+    pretrained: bool = False
+    """list weights that --init, evaluate and predict take by name, and fetch from the hub"""
+
+    def settings(self) -> dict[str, Any]:
+        """How large the model in detail is. Raises `UsageError` on numbers out of range, and where
+        there is none."""
+        size, classes = _sides(self.image_size), self.classes
+        if classes is not None and classes < 0:
+            raise UsageError(f"--classes is {classes}; use 0 or more")
+        given = {"image_size": size, "num_classes": classes}
+        values = {name: value for name, value in given.items() if value is not None}
+        if values and (self.name is None or self.pretrained):
+            raise UsageError("--image-size and --classes go with one variant; name it")
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -22,12 +22,17 @@ from patchword.arguments import (
     DoctorArguments,
     EvaluateArguments,
     ListArguments,
+    ModelsArguments,
     PredictArguments,
     read,
     read_train,
 )
 from patchword.parsing import Interrupted, PatchwordError, UsageError, nearest
 from patchword.training.recipes import RECIPES, find_recipe
+from patchword.weights.pretrained import PRETRAINED, find_pretrained
+
+if TYPE_CHECKING:
+    from patchword.workflows.listing import Variant
 
 err = Console(stderr=True, markup=False, emoji=False)  # names are shown as they are
 out = Console(markup=False, emoji=False)
@@ -171,35 +176,69 @@ def convert(arguments: Sequence[str]) -> int:
 
 
 def models(arguments: Sequence[str]) -> int:
-    """The variants, with parameters and cost."""
-    args = read(ListArguments, arguments, "models")
-    from patchword.models.zoo import list_models, model_cost, model_spec
+    """The variants, one of them in detail, and well-known weights."""
+    args = read(ModelsArguments, arguments, "models")
+    settings = args.settings()
+    if args.pretrained:
+        return _show_pretrained(args)
+    from patchword.workflows import listing
 
-    names = [args.name] if args.name else list_models()
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        size = 224
-        spec = model_spec(name, image_size=size)
-        parameters, macs = model_cost(spec)
-        rows.append(
-            {
-                "name": name,
-                "depth": spec.depth,
-                "width": spec.width,
-                "mlp_width": spec.mlp_width,
-                "heads": spec.heads,
-                "parameters": parameters,
-                "gmacs": macs / 1e9,
-            }
-        )
+    if args.name:
+        return _show_layers(listing.variant(args.name, **settings), args.json)
+    rows = listing.variants()
     if args.json:
-        out.print_json(data=rows)
+        out.print_json(data=[row.to_dict() for row in rows])
         return 0
-    table = _table("model", "depth", "width", "MLP", "heads", "parameters", "GMACs at 224 px")
-    for row in rows:
-        *shape, parameters, gmacs = list(row.values())
-        table.add_row(*map(str, shape), f"{parameters:,}", f"{gmacs:.2f}")
+    columns = ("model", "family", "layers", "width", "MLP", "heads", "parameters")
+    table = _table(*columns, "GMACs at 224 px")
+    for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
+        table.add_row(
+            *(row.name, row.family, *row.cells),
+            *(f"{row.parameters:,}", f"{row.macs / 1e9:.2f}"),
+            end_section=row.family != following.family,
+        )
     out.print(table)
+    return 0
+
+
+def _show_layers(found: Variant, as_json: bool) -> int:
+    from patchword.workflows.listing import layers
+
+    rows = layers(found)
+    if as_json:
+        out.print_json(data=[found.to_dict() | {"layer_table": [vars(row) for row in rows]}])
+        return 0
+    table = _table("layer", "output", "parameters", "MACs", "activations (MiB)")
+    for row in rows:
+        if row is rows[-1]:
+            table.add_section()
+        shape = " x ".join(map(str, row.shape))
+        memory = f"{row.activation_bytes / 2**20:.2f}"
+        table.add_row(row.name, shape, f"{row.parameters:,}", f"{row.macs:,}", memory)
+    out.print(table)
+    height, width = found.spec.image_size
+    out.print(f"for one image of {height} x {width} pixels, in float32", highlight=False)
+    return 0
+
+
+def _show_pretrained(args: ModelsArguments) -> int:
+    rows = [find_pretrained(args.name)] if args.name else list(PRETRAINED.values())
+    if args.json:
+        out.print_json(data=[vars(row) for row in rows])
+    elif args.name:
+        for key, value in vars(rows[0]).items():
+            shown = "none: features" if value is None else value
+            out.print(f"{key.replace('_', ' '):11}{shown}", highlight=False, soft_wrap=True)
+    else:
+        table = _table("name", "hub id", "licence", "pixels", "top-1")
+        for row in rows:
+            top1 = "features" if row.top1 is None else f"{row.top1:.2f} %"
+            table.add_row(row.name, row.hub, row.licence, str(row.image_size), top1)
+        for column in (0, 2):
+            table.columns[column].no_wrap = True
+        out.print(table)
+        about = "top-1 on ImageNet, measured by timm; --init, evaluate and predict take the name"
+        out.print(about, highlight=False, soft_wrap=True)
     return 0
 
 
