@@ -16,6 +16,7 @@ from patchword import cli, create_model, list_models, save_model
 from patchword.cli import COMMANDS, main
 from patchword.parsing import Interrupted
 from patchword.training.recipes import RECIPES
+from patchword.weights.pretrained import PRETRAINED
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -89,6 +90,13 @@ def one_line(err: str) -> str:
         (["train", "digits", "--heads", "7"], "is not a multiple of heads 7"),
         (["train", "--config", "nowhere.json"], "--config nowhere.json cannot be read"),
         (["models", "ViT-Q/16"], "unknown model 'ViT-Q/16'"),
+        (["models", "ViT-B/16", "--image-size", "225"], "not a multiple of the patch height 16"),
+        (["models", "ViT-B/16", "--image-size", "0"], "one or two numbers above 0"),
+        (["models", "ViT-B/16", "--classes", "-1"], "--classes is -1"),
+        (["models", "--classes", "10"], "go with one variant"),
+        (["models", "--pretrained", "vit-smol"], "unknown pretrained weights 'vit-smol'; did you"),
+        (["train", "digits", "--model", "BiT-R50x1", "--pool", "map"], "no option 'pool'"),
+        (["train", "digits", "--model", "Mixer-S/4", "--mlp-width", "9"], "mean tokens_mlp_width"),
         (["recipes", "jft"], "unknown recipe 'jft'; did you mean jft-"),
         (["predict", "x", "y", "--top", "0"], "--top must be 1 or more"),
         (["predict", "x"], "no images given"),
@@ -147,6 +155,7 @@ def test_the_parser_says_what_it_does_not_understand(
         (["evaluate", "no-model", "digits"], "no such file or run directory: no-model"),
         (["predict", "no-model", "x.png"], "no such file or run directory: no-model"),
         (["train", "digits", "--init", "gone"], "no such file or run directory: gone"),
+        (["evaluate", "vit-smal-augreg", "digits"], "did you mean vit-small-augreg"),
         (["convert", "gone", "m.pth", "--format", "timm"], "no such file or run directory: gone"),
     ],
 )
@@ -195,6 +204,60 @@ def test_models(command: Command):
     assert [row["name"] for row in json.loads(out)] == list_models()
     code, out, _ = command("models", "ViT-B/16")
     assert "86,567,656" in out
+
+
+def test_models_of_every_family(command: Command):
+    _, out, _ = command("models", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    families = [row["family"] for row in rows.values()]
+    assert list(dict.fromkeys(families)) == ["ViT", "hybrid", "BiT", "Mixer"]
+    assert sorted(families, key=["ViT", "hybrid", "BiT", "Mixer"].index) == families
+    shape = {"depth": 12, "width": 768, "mlp_width": 3072, "heads": 12}
+    assert shape.items() <= rows["ViT-B/16"].items()
+    assert (shape | {"stem_layers": [3, 4, 9]}).items() <= rows["R50+ViT-B/16"].items()
+    assert {"layers": [3, 4, 6, 3], "width_factor": 2}.items() <= rows["BiT-R50x2"].items()
+    assert rows["Mixer-B/16"]["tokens_mlp_width"] == 384
+    for name, parameters, gmacs in (  # as timm counts them
+        ("R50+ViT-B/16", 98_659_112, 21.5),
+        ("BiT-R50x1", 25_549_352, 4.1),
+        ("Mixer-B/16", 59_880_472, 12.6),
+    ):
+        assert rows[name]["parameters"] == parameters
+        assert rows[name]["gmacs"] == pytest.approx(gmacs, abs=0.06)
+    code, out, _ = command("models")
+    assert code == 0
+    assert all(name in out for name in rows)
+
+
+@pytest.mark.parametrize("name", ["ViT-Ti/16", "R+ViT-Ti/16", "BiT-R50x1", "Mixer-S/16"])
+def test_the_layers_of_a_model(name: str, command: Command):
+    size = ("--image-size", "64", "96", "--classes", "10")
+    (row,) = json.loads(command("models", name, *size, "--json")[1])
+    *parts, total = row["layer_table"]
+    for column in ("parameters", "macs", "activation_bytes"):
+        assert total[column] == sum(part[column] for part in parts)
+    assert total["parameters"] == row["parameters"]
+    assert total["macs"] / 1e9 == pytest.approx(row["gmacs"])
+    assert total["shape"] == [10]
+    code, out, _ = command("models", name, *size)
+    assert code == 0
+    assert all(part["name"] in out for part in parts)
+    assert f"{row['parameters']:,}" in out
+    assert "64 x 96 pixels" in out
+
+
+def test_pretrained_weights(command: Command):
+    code, out, _ = command("models", "--pretrained", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == list(PRETRAINED)
+    code, out, _ = command("models", "--pretrained")
+    assert code == 0
+    assert all(row["name"] in out for row in rows)
+    assert "cc-by-nc-4.0" in out
+    code, out, _ = command("models", "--pretrained", "bit-r50x1")
+    assert "timm/resnetv2_50x1_bit.goog_in21k_ft_in1k" in out
+    assert "80.34" in out
 
 
 def test_recipes(command: Command):

@@ -94,9 +94,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _table(*names: str) -> Table:
-    """A table that breaks what is too long for its column, and cuts nothing off."""
-    return Table(*(Column(name, overflow="fold") for name in names))
+def _table(*names: str, whole: Sequence[str] = ()) -> Table:
+    """A table that breaks what is too long for its column, but for those in `whole`, and cuts
+    nothing off."""
+    return Table(*(Column(name, overflow="fold", no_wrap=name in whole) for name in names))
 
 
 def _percent(share: float | None) -> str:
@@ -190,7 +191,7 @@ def models(arguments: Sequence[str]) -> int:
         out.print_json(data=[row.to_dict() for row in rows])
         return 0
     columns = ("model", "family", "layers", "width", "MLP", "heads", "parameters")
-    table = _table(*columns, "GMACs at 224 px")
+    table = _table(*columns, "GMACs at 224 px", whole=("model", "parameters"))
     for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
         table.add_row(
             *(row.name, row.family, *row.cells),
@@ -208,7 +209,8 @@ def _show_layers(found: Variant, as_json: bool) -> int:
     if as_json:
         out.print_json(data=[found.to_dict() | {"layer_table": [vars(row) for row in rows]}])
         return 0
-    table = _table("layer", "output", "parameters", "MACs", "activations (MiB)")
+    columns = ("layer", "output", "parameters", "MACs", "activations (MiB)")
+    table = _table(*columns, whole=("layer", "parameters"))
     for row in rows:
         if row is rows[-1]:
             table.add_section()
@@ -230,12 +232,11 @@ def _show_pretrained(args: ModelsArguments) -> int:
             shown = "none: features" if value is None else value
             out.print(f"{key.replace('_', ' '):11}{shown}", highlight=False, soft_wrap=True)
     else:
-        table = _table("name", "hub id", "licence", "pixels", "top-1")
+        columns = ("name", "hub id", "licence", "pixels", "top-1")
+        table = _table(*columns, whole=("name", "licence"))
         for row in rows:
             top1 = "features" if row.top1 is None else f"{row.top1:.2f} %"
             table.add_row(row.name, row.hub, row.licence, str(row.image_size), top1)
-        for column in (0, 2):
-            table.columns[column].no_wrap = True
         out.print(table)
         about = "top-1 on ImageNet, measured by timm; --init, evaluate and predict take the name"
         out.print(about, highlight=False, soft_wrap=True)
