@@ -190,8 +190,8 @@ def models(arguments: Sequence[str]) -> int:
     if args.json:
         out.print_json(data=[row.to_dict() for row in rows])
         return 0
-    columns = ("model", "family", "layers", "width", "MLP", "heads", "parameters")
-    table = _table(*columns, "GMACs at 224 px", whole=("model", "parameters"))
+    columns = ("model", "family", "layers", "width", "MLP", "heads", "parameters", "GMACs")
+    table = _table(*columns, whole=("model", "family", "parameters", "GMACs"))
     for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
         table.add_row(
             *(row.name, row.family, *row.cells),
@@ -199,6 +199,7 @@ def models(arguments: Sequence[str]) -> int:
             end_section=row.family != following.family,
         )
     out.print(table)
+    out.print("GMACs for one image of 224 x 224 pixels", highlight=False)
     return 0
 
 
