@@ -45,9 +45,7 @@ def test_suggestions():
 def test_unknown_names_are_told_the_nearest():
     with pytest.raises(UsageError, match=r"'dinov2-bse'; did you mean dinov2-base"):
         find_pretrained("dinov2-bse")
-    with pytest.raises(
-        PatchwordError, match=r"no such file .*: vit-bse; did you mean vit-base"
-    ) as e:
+    with pytest.raises(PatchwordError, match="nor pretrained weights; did you mean vit-base") as e:
         load_model("vit-bse")
     assert "\n" not in str(e.value)
     for path in ("folder/vit-bse", "vit-bse.npz"):  # not a name
