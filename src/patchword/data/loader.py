@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import random
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from patchword.data.images import BadImage
 from patchword.data.seeding import derived_seed
 from patchword.data.sources import Source
 from patchword.data.transforms import Transform
+from patchword.data.workers import serve
 from patchword.parsing import PatchwordError
 from patchword.types import Batch
 
@@ -105,7 +101,7 @@ def train_batches(
     """
     fetch = _Fetch(source, transform, on_bad, cached)
     steps = _TrainSteps(fetch, plan, seed)
-    yield from _serve(steps, range(start, stop), 0 if cached else workers)
+    yield from serve(steps, range(start, stop), 0 if cached else workers)
 
 
 def eval_batches(
@@ -126,7 +122,7 @@ def eval_batches(
     fetch = _Fetch(source, transform, on_bad, cached)
     chunks = _EvalChunks(fetch, np.asarray(indices, np.int64), batch_size)
     good, bad = 0, None
-    for batch in _serve(chunks, range(len(chunks)), 0 if cached else workers):
+    for batch in serve(chunks, range(len(chunks)), 0 if cached else workers):
         good += int(batch.mask.sum())
         bad = bad or next(iter(batch.bad), None)
         yield batch
@@ -289,90 +285,3 @@ def _batch(
         indices=torch.from_numpy(indices),
         bad=bad,
     )
-
-
-# Worker processes --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An error on its way from a worker: a message, as DataLoader would add a traceback to it."""
-
-    message: str
-
-
-class _Reporting(Dataset[Batch | _Failure]):
-    def __init__(self, batches: Dataset[Batch]) -> None:
-        self.batches = batches
-
-    def __getitem__(self, number: int) -> Batch | _Failure:
-        try:
-            return self.batches[number]
-        except PatchwordError as error:
-            return _Failure(str(error))
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _start_worker(number: int) -> None:
-    """Leave signals to the parent, which ends its workers itself; and never outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-@contextmanager
-def _child_signals_kept() -> Iterator[None]:
-    """Undo torch's SIGCHLD handler, which raises wherever the program is when a worker dies.
-
-    Waiting for the next batch notices too, within seconds, and there the error is expected.
-    """
-    number = getattr(signal, "SIGCHLD", None)
-    if number is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(number)
-    yield
-    signal.signal(number, before or signal.SIG_DFL)
-
-
-def _serve(batches: Dataset[Batch], numbers: Sequence[int], workers: int) -> Iterator[Batch]:
-    """`batches[n]` for each n, made ahead by worker processes if there are any."""
-    if workers < 1 or len(numbers) == 0:
-        for number in numbers:
-            yield batches[number]
-        return
-    with _child_signals_kept(), warnings.catch_warnings():
-        # Python 3.12 warns of fork in a process with threads, torch of more workers than cores.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        iterator = iter(
-            DataLoader(
-                _Reporting(batches),
-                batch_size=None,
-                sampler=numbers,
-                num_workers=min(workers, len(numbers)),
-                collate_fn=_same,
-                worker_init_fn=_start_worker,
-                generator=torch.Generator(),  # leaves torch's own random state alone
-                multiprocessing_context="fork" if sys.platform == "linux" else None,
-            )
-        )
-    try:
-        for item in iterator:
-            if isinstance(item, _Failure):
-                raise PatchwordError(item.message)
-            yield item
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise PatchwordError(
-            "a data loader process died, perhaps for want of memory; use fewer --workers"
-        ) from error
-    finally:
-        del iterator  # ends the workers
