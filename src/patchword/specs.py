@@ -63,6 +63,9 @@ class DataSpec:
     on_bad_image: Literal["skip", "fail"] = "skip"
     cache: Literal["auto", "on", "off"] = _free("auto")
     """keep decoded images in memory when the per-image transform is not random"""
+    balance: Literal["none", "sampler", "loss"] = "none"
+    """where classes differ in size: `sampler` draws all of them equally often, `loss` weights each
+    image by the inverse of its class's frequency"""
 
     def __post_init__(self) -> None:
         for name in ("val_fraction", "test_fraction"):
@@ -139,6 +142,9 @@ class OptimSpec:
     """adamw: decoupled, multiplied by the learning rate; sgd: added to the gradient"""
     decay_all: bool = False
     """decay biases, norms, tokens and position tables too"""
+    layer_decay: float = 1.0
+    """learning rate of each block relative to the one above it: 0.75 is usual for fine-tuning, 1
+    for the same everywhere; a ResNet's stages count as blocks"""
     beta1: float = 0.9
     beta2: float = 0.999
     momentum: float = 0.9
@@ -149,7 +155,8 @@ class OptimSpec:
     loss: Loss = "softmax"
     label_smoothing: float = 0.0
     average: float = 0.0
-    """decay of the exponential moving average of the weights, 0 for none (paper: 0.9999)"""
+    """decay of the exponential moving average of the weights, 0 for none (paper: 0.9999); over
+    about the last tenth of the steps done at most"""
 
     def __post_init__(self) -> None:
         for name in ("lr", "warmup", "cooldown", "final_lr", "weight_decay", "clip"):
@@ -161,8 +168,34 @@ class OptimSpec:
         for name in ("beta1", "beta2", "momentum", "label_smoothing", "average"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
+        _require(
+            0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; it must be in (0, 1]"
+        )
         _require(self.accumulate >= 1, f"accumulate is {self.accumulate}; use 1 or more")
         _require(self.rsqrt_timescale >= 1, "rsqrt_timescale must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSpec:
+    """Which of the weights are trained. A new head and the last norm always are; saved weights are
+    whole and plain with any."""
+
+    tune: Literal["all", "last", "lora"] = "all"
+    """`all` weights; `last`: only the last blocks; `lora`: small matrices added to those of every
+    block, which are merged when saved"""
+    last_blocks: int = 2
+    """with `--tune last`: how many blocks to train, 0 for the head and the last norm alone"""
+    lora_rank: int = 8
+    """with `--tune lora`: rank of what is added to a matrix"""
+    lora_alpha: float = 16.0
+    """with `--tune lora`: what is added is multiplied by alpha / rank"""
+
+    def __post_init__(self) -> None:
+        _require(self.last_blocks >= 0, f"last_blocks is {self.last_blocks}; use 0 or more")
+        _require(self.lora_rank >= 1, f"lora_rank is {self.lora_rank}; use 1 or more")
+        _require(
+            0 < self.lora_alpha < math.inf, f"lora_alpha is {self.lora_alpha}; it must be positive"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +284,7 @@ class TrainSpec:
     data: DataSpec = DataSpec()
     augment: AugmentSpec = AugmentSpec()
     optim: OptimSpec = OptimSpec()
+    tuning: TuneSpec = TuneSpec()
 
     def __post_init__(self) -> None:
         if self.image_size is not None:

@@ -1,9 +1,10 @@
 """Named recipes: where each comes from, what it should reach, and the settings it stands for.
 
 Standard library only, so that help needs no torch. Sections and tables are those of the ViT paper
-(arXiv 2010.11929). Tables 3 and 4 give neither the loss nor the cropping: sigmoid cross-entropy on
-JFT and ImageNet-21k, Inception crops and bilinear resizing are what the authors' public code
+(arXiv 2010.11929). Table 3 gives neither the loss nor the cropping: sigmoid cross-entropy on JFT
+and ImageNet-21k, Inception crops and bilinear resizing are what the authors' public code
 (big_vision) has. Where ImageNet or JFT come undivided, 1 % is held out to choose the best weights.
+Recipes that start from weights are in `transfer_recipes`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, cast
 
 from patchword.parsing import UsageError, nearest, parse, to_dict
 from patchword.specs import TrainSpec
+from patchword.training.transfer_recipes import BILINEAR, IMAGENET, TRANSFER
 
-IMAGENET, IMAGENET21K, JFT = 1_281_167, 14_197_122, 303_000_000
+IMAGENET21K, JFT = 14_197_122, 303_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,10 @@ class Recipe:
     """training images of the data it is for, None for any"""
     settings: dict[str, Any]
     """a partial TrainSpec, as JSON"""
+    rates: tuple[float, ...] = ()
+    """learning rates that the publication sweeps, rising; empty if it has one"""
+    held_out: float | None = None
+    """share of the train part on which it chooses among them"""
 
     @property
     def command(self) -> str:
@@ -100,19 +106,6 @@ _add(
             "mixup": 0.2,
         },
         "optim": {"lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1},
-    },
-)
-_add(
-    "transfer",
-    "fine-tuning on a folder of photos, gently",
-    source="table 4 with AdamW",
-    expected="as good as the weights it starts from",
-    images=None,
-    settings={
-        "epochs": 20.0,
-        "batch_size": 64,
-        "augment": {"crop_area": [0.2, 1.0]},
-        "optim": {"lr": 1e-4, "weight_decay": 0.05, "warmup": 0.1},
     },
 )
 
@@ -190,7 +183,6 @@ _add(
 
 
 WHOLE = {"val_fraction": 0.01, "test_fraction": 0.0}
-BILINEAR = {"interpolation": "bilinear"}
 
 
 def _table3(
@@ -274,80 +266,10 @@ for _model, _epochs, _lr, _score in (
         optim={"lr": _lr, "weight_decay": 0.1, "schedule": "linear", "loss": "sigmoid"},
     )
 
-# Table 4: fine-tuning ----------------------------------------------------------------------------
+# Transfer ----------------------------------------------------------------------------------------
 
-for _name, _data, _size, _steps, _warmup, _lr, _fraction, _sweep, _expected in (
-    ("imagenet", "ImageNet", 384, 20_000, 500, 0.03, 0.01, "0.003, 0.01, 0.03, 0.06", "table 5"),
-    (
-        "imagenet-512",
-        "ImageNet",
-        512,
-        20_000,
-        500,
-        0.03,
-        0.01,
-        "0.003, 0.01, 0.03, 0.06",
-        "table 2",
-    ),
-    (
-        "cifar",
-        "CIFAR-10 or -100",
-        384,
-        10_000,
-        500,
-        0.01,
-        0.02,
-        "0.001, 0.003, 0.01, 0.03",
-        "tables 2, 5",
-    ),
-    (
-        "pets",
-        "Oxford-IIIT Pets",
-        384,
-        500,
-        100,
-        0.01,
-        0.1,
-        "0.001, 0.003, 0.01, 0.03",
-        "tables 2, 5",
-    ),
-    (
-        "flowers",
-        "Oxford Flowers-102",
-        384,
-        500,
-        100,
-        0.01,
-        0.1,
-        "0.001, 0.003, 0.01, 0.03",
-        "tables 2, 5",
-    ),
-    ("vtab", "a VTAB-1k task", 384, 2_500, 500, 0.01, 0.2, "0.01", "table 9"),
-):
-    _add(
-        f"finetune-{_name}",
-        f"fine-tuning on {_data} at {_size} px, {_steps:,} steps",
-        source=f"table 4 (learning rates swept there: {_sweep}); warm-up of 500 steps from the "
-        "authors' code, of 100 in the runs of 500 steps ours",
-        expected=f"{_expected}, by the weights it starts from",
-        images=IMAGENET if "imagenet" in _name else None,
-        settings={
-            "image_size": [_size],
-            "steps": _steps,
-            "batch_size": 512,
-            "data": {"val_fraction": _fraction},
-            "preprocess": BILINEAR | {"resize": "stretch"},
-            "optim": {
-                "optimizer": "sgd",
-                "lr": _lr,
-                "momentum": 0.9,
-                "weight_decay": 0.0,
-                "warmup": float(_warmup),
-                "clip": 1.0,
-                "average": 0.9999 if _size == 512 else 0.0,  # Polyak, for table 2 only
-            },
-        },
-    )
+for _name, _fields in TRANSFER.items():
+    _add(_name, **_fields)
 
 # Later recipes of the same authors ----------------------------------------------------------------
 
