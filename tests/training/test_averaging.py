@@ -53,3 +53,34 @@ def test_constant_weights_stay():
         average.update(model, step)
     for p, q in zip(model.parameters(), average.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("updates", [100, 500])
+def test_short_runs_average_over_their_last_tenth(updates: int):
+    """With the paper's 0.9999: weights that grow by one an update are a tenth of the run behind
+    (1 % relative), of which the start has no part."""
+    model = create_model("ViT-mu/8", 3, 16, depth=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1e9)  # the start
+    average = Average(model, 0.9999)
+    for step in range(updates):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(step + 1)
+        average.update(model, step)
+    for p in average.model.parameters():
+        behind = updates - p.flatten()[0].item()
+        assert behind == pytest.approx(updates / 10, rel=0.01)
+
+
+def test_frozen_weights_are_left_alone():
+    model = create_model("ViT-mu/8", 3, 16, head="mlp")
+    model.patch_embedding.requires_grad_(False)
+    average = Average(model, 0.5)
+    before = {name: p.clone() for name, p in average.model.named_parameters()}
+    draw(model)
+    average.update(model, 0)
+    changed = {n for n, p in average.model.named_parameters() if not torch.equal(p, before[n])}
+    frozen = {"patch_embedding.weight", "patch_embedding.bias"}
+    assert changed == set(before) - frozen

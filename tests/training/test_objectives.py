@@ -66,3 +66,42 @@ def test_extreme_logits_stay_finite(kind: str):
     optim = OptimSpec(loss="softmax" if kind == "softmax" else "sigmoid")
     logits = torch.tensor([[1e4, -1e4, 0.0]])
     assert classification_loss(logits, torch.tensor([1]), optim).isfinite()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_losses_are_sums_over_the_shares(kind: str, smoothing: float):
+    """1e-9 relative: an image of class k counts weights[k] times, a mixed one by its shares."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(6, 4)) * 3, rng.integers(0, 4, 6)
+    shares, weights = rng.dirichlet(np.ones(4), 6), rng.uniform(0.1, 5, 4)
+    optim = OptimSpec(loss="softmax" if kind == "softmax" else "sigmoid", label_smoothing=smoothing)
+
+    def loss(targets: np.ndarray) -> float:
+        outputs, scales = torch.from_numpy(logits), torch.from_numpy(weights)
+        return classification_loss(outputs, torch.from_numpy(targets), optim, scales).item()
+
+    def of(image: int, label: int) -> float:
+        return plain(logits[image : image + 1], np.eye(4)[[label]], kind, smoothing)
+
+    hard = np.mean([weights[labels[i]] * of(i, labels[i]) for i in range(6)])
+    soft = np.mean([sum(shares[i, k] * weights[k] * of(i, k) for k in range(4)) for i in range(6)])
+    assert loss(labels) == pytest.approx(float(hard), rel=1e-9)
+    assert loss(shares) == pytest.approx(float(soft), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_equal_weights_change_nothing(kind: str):
+    optim = OptimSpec(loss="softmax" if kind == "softmax" else "sigmoid", label_smoothing=0.1)
+    logits, labels = torch.randn(5, 4, dtype=torch.float64), torch.randint(4, (5,))
+    plainly = classification_loss(logits, labels, optim)
+    torch.testing.assert_close(
+        classification_loss(logits, labels, optim, torch.ones(4)), plainly, rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_weighted_losses_of_extreme_logits_stay_finite(kind: str):
+    optim = OptimSpec(loss="softmax" if kind == "softmax" else "sigmoid")
+    logits = torch.tensor([[1e4, -1e4, 0.0]])
+    assert classification_loss(logits, torch.tensor([1]), optim, torch.rand(3)).isfinite()

@@ -31,7 +31,7 @@ def everything() -> nn.Module:
 
 def decayed_names(model: nn.Module, optim: OptimSpec) -> set[str]:
     names = {p: name for name, p in model.named_parameters()}
-    groups = build_optimizer(model, optim).param_groups
+    groups = build_optimizer(dict(model.named_parameters()), optim).param_groups
     seen = [names[p] for group in groups for p in group["params"]]
     assert sorted(seen) == sorted(names.values())  # each once
     return {names[p] for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
@@ -60,11 +60,54 @@ def test_decay_all():
     assert names == {name for name, _ in model.named_parameters()}
 
 
-def test_frozen_weights_are_left_out():
-    model = everything()
-    frozen = dict(model.named_parameters())["head.weight"].requires_grad_(False)
-    groups = build_optimizer(model, OptimSpec()).param_groups
-    assert all(p is not frozen for group in groups for p in group["params"])
+def scales_of(name: str, decay: float, **options: Any) -> dict[str, float]:
+    with torch.device("meta"):
+        model = create_model(name, 5, **options)
+    optim = OptimSpec(layer_decay=decay, lr=0.5)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = build_optimizer(dict(model.named_parameters()), optim).param_groups
+    found = {names[p]: group["scale"] for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    return found
+
+
+EVERYTHING: dict[str, Any] = {"registers": 2, "head": "mlp", "distillation": "head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "inner", "depth"),
+    [
+        ("ViT-mu/8", EVERYTHING, "blocks", 2),
+        ("ViT-mu/8", {"pool": "map", "position": "relative", "position_at": "stem"}, "blocks", 2),
+        ("R50+ViT-B/16", {"depth": 2}, "blocks", 2),
+        ("Mixer-S/32", {"depth": 3}, "blocks", 3),
+        ("BiT-R50x1", {}, "stages", 4),
+    ],
+)
+def test_layer_decay_by_depth(name: str, options: dict[str, Any], inner: str, depth: int):
+    """The head's rate is the peak, each block's lower by the decay, the embedding's lowest."""
+    options = ({"depth": 2} if "mu" in name else {}) | {"image_size": 64} | options
+    found = scales_of(name, 0.5, **options)
+    top = depth + 1
+    after = ("head.", "pre_logits.", "distillation_head.", "norm.", "pool.")
+    for parameter, scale in found.items():
+        if parameter.startswith(f"{inner}."):
+            layer = int(parameter.split(".")[1]) + 1
+        else:
+            layer = top if parameter.startswith(after) else 0
+        assert scale == 0.5 ** (top - layer), parameter
+    assert {found[n] for n in found if n.startswith(("stem.", "root.", "patch_emb"))} == {0.5**top}
+
+
+def test_layer_decay_of_tables_of_every_layer():
+    found = scales_of("ViT-mu/8", 0.5, image_size=16, depth=3, position_at="every")
+    tables = {n.split(".")[1]: scale for n, scale in found.items() if n.startswith("positions.")}
+    assert tables == {"0": 0.5**4, "1": 0.5**3, "2": 0.5**2}
+
+
+def test_no_layer_decay_is_one_rate():
+    assert set(scales_of("ViT-mu/8", 1.0, image_size=16).values()) == {1.0}
 
 
 # Schedules ---------------------------------------------------------------------------------------
@@ -151,7 +194,7 @@ class Pair(nn.Module):
 
 
 def steps_of(model: Pair, optim: OptimSpec, gradients: list[dict[str, np.ndarray]]) -> None:
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(dict(model.named_parameters()), optim)
     for step, gradient in enumerate(gradients):
         for group in optimizer.param_groups:
             group["lr"] = 0.1 / (step + 1)
@@ -209,28 +252,31 @@ def test_state_round_trip_goes_on_bit_for_bit(optimizer: Any):
             opt.step()
 
     model = Pair()
-    first = build_optimizer(model, optim)
+    first = build_optimizer(dict(model.named_parameters()), optim)
     advance(model, first, gradients[:3])
-    state = {key: value.clone() for key, value in optimizer_state(model, first).items()}
+    state = {
+        key: value.clone()
+        for key, value in optimizer_state(dict(model.named_parameters()), first).items()
+    }
     slots = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "sgd": {"momentum_buffer"}}[optimizer]
     assert set(state) == {f"{slot}/{name}" for slot in slots for name in ("weight", "bias")}
 
     copy = Pair()
     copy.load_state_dict(model.state_dict())
-    second = build_optimizer(copy, optim)
-    load_optimizer_state(copy, second, state)
-    assert optimizer_state(copy, second).keys() == state.keys()
+    second = build_optimizer(dict(copy.named_parameters()), optim)
+    load_optimizer_state(dict(copy.named_parameters()), second, state)
+    assert optimizer_state(dict(copy.named_parameters()), second).keys() == state.keys()
     advance(model, first, gradients[3:])
     advance(copy, second, gradients[3:])
     for name, p in model.named_parameters():
         assert torch.equal(p, dict(copy.named_parameters())[name])
-    kept = optimizer_state(copy, second)
+    kept = optimizer_state(dict(copy.named_parameters()), second)
     assert any(not torch.equal(kept[key], state[key]) for key in state)  # not the same memory
 
 
 def test_state_of_another_model_is_refused():
     model = Pair()
+    trained = dict(model.named_parameters())
+    optimizer = build_optimizer(trained, OptimSpec())
     with pytest.raises(KeyError):
-        load_optimizer_state(
-            model, build_optimizer(model, OptimSpec()), {"exp_avg/head.weight": torch.zeros(1)}
-        )
+        load_optimizer_state(trained, optimizer, {"exp_avg/head.weight": torch.zeros(1)})

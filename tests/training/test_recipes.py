@@ -16,6 +16,7 @@ from patchword.parsing import UsageError, differences
 from patchword.specs import TrainSpec
 from patchword.training.optim import build_optimizer, learning_rate, span
 from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge, recipe_spec
+from patchword.training.tuning import trained_names
 from patchword.workflows.runs import recipe_cost
 
 every = pytest.mark.parametrize("name", RECIPES)
@@ -49,8 +50,11 @@ def test_dry_run(name: str):
         model = model.to("meta")  # fixed position tables too
         images = torch.empty(2, 3, *vit.image_size)
         assert model(images).shape == (2, 10)
-    groups = build_optimizer(model, spec.optim).param_groups
-    assert len(groups) == 2
+    trained = trained_names(model, spec.tuning)
+    parameters = {name: p for name, p in model.named_parameters() if name in trained}
+    groups = build_optimizer(parameters, spec.optim).param_groups
+    assert max(group["scale"] for group in groups) == 1
+    assert (len(groups) > 2) == (spec.optim.layer_decay < 1)
     total = steps_of(spec, RECIPES[name].images)
     shown = [learning_rate(at * total // 50, total, spec.optim) for at in range(50)]
     assert max(shown) <= spec.optim.lr

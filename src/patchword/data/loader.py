@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from patchword.data.balance import balanced_order
 from patchword.data.images import BadImage
 from patchword.data.seeding import derived_seed
 from patchword.data.sources import Source
@@ -28,8 +29,9 @@ class Plan:
     """Which images make up each step.
 
     The epochs, each a permutation of `indices` seeded by (seed, "order", epoch), form one endless
-    stream. Step s takes its positions from s x batch_size on, across the borders of epochs, and
-    rank r of `world` a contiguous share of them.
+    stream; with `labels`, each is a draw of as many in which all classes are equally frequent. Step
+    s takes its positions from s x batch_size on, across the borders of epochs, and rank r of
+    `world` a contiguous share of them.
     """
 
     indices: np.ndarray
@@ -39,6 +41,8 @@ class Plan:
     seed: int
     rank: int = 0
     world: int = 1
+    labels: np.ndarray | None = None
+    """int64 `[N]`, the classes of `indices`, to draw them equally often"""
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +50,8 @@ class Plan:
             raise PatchwordError("no images to train on; give data with a train part")
 
     def __call__(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, position in the source) of this rank's images of `step`."""
+        """(draw, position in the source) of this rank's images of `step`. No two are the same: the
+        draw is the epoch, or where an epoch has images twice, the place in the stream."""
         first = step * self.batch_size
         start = first + self.rank * self.batch_size // self.world
         stop = first + (self.rank + 1) * self.batch_size // self.world
@@ -55,7 +60,8 @@ class Plan:
         while start < stop:
             epoch, offset = divmod(start, size)
             taken = self._order(epoch)[offset : offset + stop - start].tolist()
-            chosen += [(epoch, index) for index in taken]
+            draws = [epoch] * len(taken) if self.labels is None else range(start, stop)
+            chosen += zip(draws, taken, strict=False)
             start += len(taken)
         return chosen
 
@@ -64,7 +70,12 @@ class Plan:
             if len(self._orders) > 1:
                 del self._orders[min(self._orders)]
             rng = np.random.default_rng(derived_seed(self.seed, "order", epoch))
-            self._orders[epoch] = rng.permutation(np.asarray(self.indices, np.int64))
+            indices = np.asarray(self.indices, np.int64)
+            self._orders[epoch] = (
+                rng.permutation(indices)
+                if self.labels is None
+                else balanced_order(indices, self.labels, rng)
+            )
         return self._orders[epoch]
 
 
@@ -223,14 +234,14 @@ class _TrainSteps(Dataset[Batch]):
         images = np.empty((len(chosen), *_shape(self.fetch.transform)), np.uint8)
         indices = np.empty(len(chosen), np.int64)
         bad: list[tuple[int, str]] = []
-        for row, (epoch, index) in enumerate(chosen):
-            images[row], indices[row] = self._image(epoch, index, bad)
+        for row, (draw, index) in enumerate(chosen):
+            images[row], indices[row] = self._image(draw, index, bad)
         return _batch(self.fetch.source, images, indices, bad=tuple(bad))
 
-    def _image(self, epoch: int, index: int, bad: list[tuple[int, str]]) -> tuple[np.ndarray, int]:
+    def _image(self, draw: int, index: int, bad: list[tuple[int, str]]) -> tuple[np.ndarray, int]:
         """Image `index`, or the next good one of the plan after it, and its position."""
         for candidate in self._candidates(index):
-            rng = random.Random(derived_seed(self.seed, "augment", epoch, index))
+            rng = random.Random(derived_seed(self.seed, "augment", draw, index))
             image = self.fetch(candidate, rng)
             if image is not None:
                 return image, candidate

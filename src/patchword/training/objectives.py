@@ -9,14 +9,21 @@ from torch import Tensor
 from patchword.specs import OptimSpec
 
 
-def classification_loss(logits: Tensor, targets: Tensor, optim: OptimSpec) -> Tensor:
+def classification_loss(
+    logits: Tensor, targets: Tensor, optim: OptimSpec, weights: Tensor | None = None
+) -> Tensor:
     """Mean loss of a batch, a scalar.
 
     `logits` float `[B, K]`; `targets` int64 `[B]` class indices, or float `[B, K]` shares that sum
     to 1. `softmax`: cross-entropy. `sigmoid`: binary cross-entropy summed over the classes, each
     on its own, as the authors' public code has it for JFT and ImageNet-21k. Label smoothing mixes
     the targets with 1 / K.
+
+    With `weights` float `[K]` the loss of an image of class k counts `weights[k]` times, that of a
+    mixed one what its shares add up to, so that mixing stays linear: the sum of the shares' losses.
     """
+    if weights is not None:
+        return _weighted_loss(logits, targets, optim, weights)
     if optim.loss == "softmax":
         return F.cross_entropy(logits, targets, label_smoothing=optim.label_smoothing)
     if targets.ndim == 1:
@@ -26,3 +33,17 @@ def classification_loss(logits: Tensor, targets: Tensor, optim: OptimSpec) -> Te
             targets, torch.full_like(targets, 1 / logits.shape[1]), optim.label_smoothing
         )
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+
+
+def _weighted_loss(logits: Tensor, targets: Tensor, optim: OptimSpec, weights: Tensor) -> Tensor:
+    classes = logits.shape[1]
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, classes)
+    shares = targets * weights.to(logits.dtype)
+    total = shares.sum(1, keepdim=True)  # [b, 1]
+    shares = shares.lerp((total / classes).expand_as(shares), optim.label_smoothing)
+    if optim.loss == "softmax":
+        parts = -shares * logits.log_softmax(1)
+    else:
+        parts = total * F.softplus(logits) - shares * logits
+    return parts.sum() / len(logits)

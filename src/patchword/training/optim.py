@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,17 +19,45 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and name.endswith("weight")
 
 
-def build_optimizer(model: nn.Module, optim: OptimSpec) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum over the model's parameters, fused where the device has it."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if optim.decay_all or is_decayed(name, p)]
-    rest = [p for name, p in named if not (optim.decay_all or is_decayed(name, p))]
+BOTTOM = (
+    *("patch_embedding.", "class_token", "distillation_token", "registers"),
+    *("stem.", "root.", "positions.0."),
+)
+"""How the names of the parameters before the first block begin."""
+
+
+def layer_of(name: str) -> int | None:
+    """How many blocks, or a ResNet's stages, a parameter comes after, itself counted: 0 for the
+    embedding and a hybrid's stem, i + 1 for block i; None after the last one: norm and heads. A
+    position table of a layer of its own counts to the block before."""
+    if name.startswith(BOTTOM):
+        return 0
+    found = re.match(r"(blocks|stages|positions)\.(\d+)\.", name)
+    return None if found is None else int(found[2]) + (found[1] != "positions")
+
+
+def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
+    """By parameter, what its learning rate is multiplied by: `decay` to the power of the layers
+    between it and the head (BEiT, arXiv 2106.08254; MAE, arXiv 2111.06377, A.1)."""
+    layers = {name: layer_of(name) for name in names}
+    top = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
+    return {name: decay ** (0 if layer is None else top - layer) for name, layer in layers.items()}
+
+
+def build_optimizer(trained: Mapping[str, nn.Parameter], optim: OptimSpec) -> torch.optim.Optimizer:
+    """AdamW or SGD with momentum over the parameters `trained` by name, fused where the device has
+    it. A group's `scale` is what the learning rate is to be multiplied by."""
+    scales = layer_scales(trained, optim.layer_decay)
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in trained.items():
+        decayed = optim.decay_all or is_decayed(name, p)
+        key = (scales[name], optim.weight_decay if decayed else 0.0)
+        members.setdefault(key, []).append(p)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay, "scale": scale}
+        for (scale, decay), params in members.items()
     ]
-    groups = [group for group in groups if group["params"]]
-    fused = {p.device.type for _, p in named} <= {"cpu", "cuda"}
+    fused = {p.device.type for p in trained.values()} <= {"cpu", "cuda"}
     if optim.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=fused)
@@ -62,9 +92,11 @@ def learning_rate(step: int, total: int, optim: OptimSpec) -> float:
     return rate
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(
+    trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """The optimiser's tensors by `"<slot>/<parameter>"`, such as `"exp_avg/norm.weight"`."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in trained.items()}
     return {
         f"{slot}/{names[p]}": value
         for p, slots in optimizer.state.items()
@@ -74,12 +106,13 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """The inverse of `optimizer_state`. Raises `KeyError` on names the model does not have."""
-    parameters = dict(model.named_parameters())
+    """The inverse of `optimizer_state`. Raises `KeyError` on names that are not trained."""
     optimizer.state.clear()
     for key, value in tensors.items():
         slot, name = key.split("/", 1)
-        p = parameters[name]
+        p = trained[name]
         optimizer.state[p][slot] = value.to(p.device, copy=True)

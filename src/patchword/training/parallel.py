@@ -109,7 +109,10 @@ class Working:
             mine.grad = None
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over the master's weights."""
-        if self.module is not self.master:
-            torch._foreach_copy_(self._mine, self._masters)
+    def refresh(self, *, frozen: bool = False) -> None:
+        """Take over the master's weights, those that do not train only with `frozen`."""
+        if self.module is self.master:
+            return
+        pairs = zip(self._mine, self._masters, strict=True)
+        chosen = [(mine, master) for mine, master in pairs if frozen or master.requires_grad]
+        torch._foreach_copy_([mine for mine, _ in chosen], [master for _, master in chosen])

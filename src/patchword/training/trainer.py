@@ -19,6 +19,7 @@ from patchword.training.checkpoint import write_text
 from patchword.training.objectives import classification_loss
 from patchword.training.optim import build_optimizer, load_optimizer_state, optimizer_state
 from patchword.training.parallel import Working
+from patchword.training.tuning import Adapters, freeze
 from patchword.weights.native import load_tensors, save_tensors, write_model
 
 
@@ -39,7 +40,7 @@ class Progress:
     best_position: int = 0
     """names the folder of the best weights: unlike steps, positions never come twice"""
     best_weights: str = "raw"
-    evaluated: int = 0
+    evaluated: int = -1
     """step of the last evaluation that was not cut short"""
     seconds: float = 0.0
     """training time, evaluations and checkpoints not counted"""
@@ -52,14 +53,29 @@ class Trainer:
     """A model in training: weights, average, optimiser, progress; saved and restored together."""
 
     def __init__(
-        self, model: Model, spec: TrainSpec, device: torch.device, dtype: torch.dtype
+        self,
+        model: Model,
+        spec: TrainSpec,
+        device: torch.device,
+        dtype: torch.dtype,
+        class_weights: Tensor | None = None,
     ) -> None:
+        """`class_weights`, float `[K]`: what the loss of an image counts by its class."""
         self.model = model.to(device).train()
         self.spec = spec
         self.device = device
-        self.optimizer = build_optimizer(self.model, spec.optim)
+        self.class_weights = None if class_weights is None else class_weights.to(device)
+        freeze(self.model, spec.tuning)
         self.average = Average(self.model, spec.optim.average) if spec.optim.average else None
         self.working = Working(self.model, dtype, spec.compile)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.adapters: Adapters | None = None
+        if spec.tuning.tune == "lora":
+            self.adapters = Adapters(self.model, self.working.module, spec.tuning, spec.seed)
+            for name in self.adapters.base:
+                del self.trained[name]
+            self.trained |= self.adapters.parameters
+        self.optimizer = build_optimizer(self.trained, spec.optim)
         self.progress = Progress()
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[float, float]:
@@ -70,19 +86,23 @@ class Trainer:
         chunks = zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True)
         for micro, (images, wanted) in enumerate(chunks):
             torch.manual_seed(derived_seed(self.spec.seed, "model", self.progress.position, micro))
-            part = classification_loss(self.working(images), wanted, optim) / optim.accumulate
+            logits = self.working(images)
+            part = classification_loss(logits, wanted, optim, self.class_weights)
+            part = part / optim.accumulate
             part.backward()
             self.working.collect()
             loss += part.detach()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if optim.clip:
             torch._foreach_mul_(gradients, (optim.clip / (norm + 1e-6)).clamp(max=1.0))
         values = torch.stack([loss, norm]).tolist()
         if all(map(math.isfinite, values)):
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             self.optimizer.step()
+            if self.adapters:
+                self.adapters.merge()
             self.working.refresh()
             if self.average:
                 self.average.update(self.model, self.progress.step)
@@ -97,7 +117,9 @@ class Trainer:
             write_model(
                 folder / "average.safetensors", self.average.model, step=step, weights="average"
             )
-        tensors = optimizer_state(self.model, self.optimizer)
+        if self.adapters:
+            save_tensors(folder / "adapters.safetensors", self.adapters.state(), {})
+        tensors = optimizer_state(self.trained, self.optimizer)
         save_tensors(folder / "optimizer.safetensors", tensors, {})
         write_text(folder / "state.json", json.dumps(asdict(self.progress), indent=1))
 
@@ -107,7 +129,9 @@ class Trainer:
         if self.average:
             tensors, _ = load_tensors(folder / "average.safetensors")
             self.average.model.load_state_dict(tensors)
+        if self.adapters:
+            self.adapters.load_state(load_tensors(folder / "adapters.safetensors")[0])
         tensors, _ = load_tensors(folder / "optimizer.safetensors")
-        load_optimizer_state(self.model, self.optimizer, tensors)
-        self.working.refresh()
+        load_optimizer_state(self.trained, self.optimizer, tensors)
+        self.working.refresh(frozen=True)
         self.progress = Progress(**state)
