@@ -5,8 +5,10 @@ Standard library only.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from patchword.parsing import UsageError
@@ -296,6 +298,55 @@ class PreprocessSpec:
             f"std {self.std} must be positive",
         )
         require(0 < self.crop_fraction <= 1, "crop_fraction must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSpec:
+    """How sure a model may be of what it says, measured on images that it was not trained on. It
+    travels with the weights."""
+
+    temperature: float
+    """probabilities are those of the logits divided by this (Guo et al. 2017, arXiv 1706.04599)"""
+    measured_on: str
+    """the images of the counts below, in words"""
+    images: int
+    thresholds: tuple[float, ...]
+    """of the top probability, rising, the first 0"""
+    kept: tuple[int, ...]
+    """images at least so sure, for each threshold"""
+    right: tuple[int, ...]
+    """those of them whose most probable class is the true one"""
+
+    def __post_init__(self) -> None:
+        require(
+            self.temperature > 0 and math.isfinite(self.temperature),
+            f"temperature is {self.temperature}; it must be positive",
+        )
+        require(self.images >= 1, f"a calibration on {self.images} images says nothing")
+        counts = zip(self.right, self.kept, strict=False)
+        falling = all(a >= b for a, b in pairwise((self.images, *self.kept)))
+        rising = all(a < b for a, b in pairwise(self.thresholds))
+        require(
+            len(self.thresholds) == len(self.kept) == len(self.right) > 0
+            and rising
+            and falling
+            and self.thresholds[0] == 0
+            and all(0 <= right <= kept for right, kept in counts),
+            "thresholds, kept and right are no curve of coverage and accuracy",
+        )
+
+    def expected(self, threshold: float) -> tuple[float, float | None]:
+        """(coverage, accuracy) to expect of the images at least so sure, as fractions; between two
+        thresholds the counts are interpolated. The accuracy is None where no image is so sure."""
+        last = bisect.bisect_right(self.thresholds, threshold) - 1
+        following = min(last + 1, len(self.thresholds) - 1)
+        low, high = self.thresholds[last], self.thresholds[following]
+        part = (threshold - low) / (high - low) if high > low else 0.0
+        kept, right = (
+            counts[last] + part * (counts[following] - counts[last])
+            for counts in (self.kept, self.right)
+        )
+        return kept / self.images, right / kept if kept else None
 
 
 FAMILIES: dict[str, type[ModelSpec]] = {"vit": ViTSpec, "resnet": ResNetSpec, "mixer": MixerSpec}

@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from patchword.parsing import UsageError, parse, to_dict
-from patchword.specs import LENGTHS, Device, Precision, TrainSpec, with_length
+from patchword.specs import LENGTHS, Device, Precision, TrainSpec, with_length, without_rates
 from patchword.training.recipes import base_spec, merge
 
 T = TypeVar("T")
@@ -98,8 +98,30 @@ class PredictArguments(_ModelArguments):
     """files, folders, patterns, or - for a list on standard input"""
     top: int = 5
     """classes to give for each image"""
+    abstain: float | None = None
+    """give no label to images whose top probability is below this, such as 0.9"""
     csv: bool = False
     """print comma-separated values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateArguments(_ModelArguments):
+    """Fit the temperature of a model's probabilities on validation images, and store it."""
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    split: str = "val"
+    """the part to fit on; or half/half, or 30/70: that share of the validation images (of all, if
+    the data have no parts) fits, the rest reports"""
+    seed: int = 0
+    """of the division by --split half/half"""
+    out: str | None = None
+    """a .safetensors file to write the calibrated model to"""
+    overwrite: bool = False
+    """replace what is at --out; without --out, the best weights of the run directory MODEL, or the
+    file MODEL"""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """what to do with an image that cannot be read"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +214,10 @@ def read_train(words: Sequence[str]) -> tuple[TrainArguments, TrainSpec]:
     lengths = [f"--{name}" for name in LENGTHS if _option(words, name) is not None]
     if len(lengths) > 1:
         raise UsageError(f"{' and '.join(lengths)} both set the length of the run; give one")
-    return args, with_length(args.spec, base)
+    spec = with_length(args.spec, base)
+    if _option(words, "lr") is not None and _option(words, "rates") is None:
+        spec = without_rates(spec)
+    return args, spec
 
 
 def _settings(spec: TrainSpec) -> dict[str, Any]:
@@ -235,6 +260,8 @@ def _config_spec(path: Path, recipe: str | None, init: str | None) -> TrainSpec:
     length = next((name for name in LENGTHS if values.get(name) is not None), None)
     if length is not None:  # with steps, the length that was found, not how it was asked for
         values |= {name: None for name in LENGTHS if name != length}
+    if values.get("steps") is not None and isinstance(values.get("optim"), dict):
+        values["optim"] = values["optim"] | {"rates": []}  # that of the run has been chosen
     return parse(TrainSpec, merge(to_dict(base), values))
 
 

@@ -64,8 +64,10 @@ def _front_matter(run: RunFacts, result: Classification, split: str, title: str)
     metrics = [("accuracy", "Top-1 accuracy", result.top1)]
     if len(result.per_class) > 5:
         metrics.append(("accuracy", "Top-5 accuracy", result.top5))
+    metrics.append(("accuracy", "Balanced accuracy", result.balanced))
     metrics.append(("loss", "Loss", result.loss))
     metrics.append(("ece", "Expected calibration error", result.ece))
+    metrics.append(("brier", "Brier score", result.brier))
     hub = run.source.startswith("hub:")
     measured = {
         "task": {"type": "image-classification", "name": "Image classification"},
@@ -151,8 +153,10 @@ def _evaluation(result: Classification, split: str) -> str:
         "Top-1 accuracy": f"{facts.percent(result.top1)} (95 % interval {facts.percent(low)} to "
         f"{facts.percent(high)})",
         "Top-5 accuracy": facts.percent(result.top5) if len(result.per_class) > 5 else None,
+        "Balanced accuracy": f"{facts.percent(result.balanced)} (mean recall of the classes)",
         "Loss per image": f"{result.loss:.4f}",
         "Expected calibration error": f"{facts.percent(result.ece)} (15 equal-width bins)",
+        "Brier score": f"{result.brier:.4f} (less is better)",
         "Images that could not be read": f"{result.skipped:,}",
     }
     ordered = facts.worst_first(result)

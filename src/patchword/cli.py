@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.table import Column, Table
 
 from patchword.arguments import (
+    CalibrateArguments,
     ConvertArguments,
     DemoArguments,
     DoctorArguments,
@@ -33,6 +34,7 @@ from patchword.weights.pretrained import PRETRAINED, find_pretrained
 
 if TYPE_CHECKING:
     from patchword.workflows.listing import Variant
+    from patchword.workflows.measuring import Prediction
 
 err = Console(stderr=True, markup=False, emoji=False)  # names are shown as they are
 out = Console(markup=False, emoji=False)
@@ -51,10 +53,15 @@ def _show_run(run: Path, summary: dict[str, Any], as_json: bool) -> int:
     if as_json:
         out.print_json(data={"run": str(run)} | summary)
         return 0
+    figures = {
+        "top-1": "top1",
+        "top-5": "top5",
+        "balanced accuracy": "balanced",
+        "calibration error": "ece",
+    }
+    shown = [f"{n} {100 * summary[key]:.2f} %" for n, key in figures.items() if key in summary]
     lines = {
-        "result": f"top-1 {100 * summary['top1']:.2f} %, top-5 {100 * summary['top5']:.2f} %, "
-        f"calibration error {100 * summary['ece']:.2f} % on {summary['n']:,} {summary['split']} "
-        "images",
+        "result": f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images",
         "weights": f"{run} ({summary['best_weights']} weights of step {summary['best_step']:,})",
         "report": str(run / "report.html"),
     }
@@ -64,7 +71,7 @@ def _show_run(run: Path, summary: dict[str, Any], as_json: bool) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Accuracy, loss, calibration, and per class."""
+    """Accuracy, calibration, loss, and per class."""
     args = read(EvaluateArguments, arguments, "evaluate")
     settings = args.settings()
     from patchword.workflows.measuring import evaluate as measure
@@ -75,13 +82,13 @@ def evaluate(arguments: Sequence[str]) -> int:
     if args.json:
         out.print_json(data=result.to_dict() | {"split": done.split})
         return 0
-    table = _table("images", "top-1", "top-5", "loss", "calibration error")
+    table = _table("images", "top-1", "top-5", "balanced", "loss", "calibration error", "Brier")
     table.add_row(
         f"{result.n:,}",
-        f"{100 * result.top1:.2f} %",
-        f"{100 * result.top5:.2f} %",
+        *(f"{100 * share:.2f} %" for share in (result.top1, result.top5, result.balanced)),
         f"{result.loss:.4f}",
         f"{100 * result.ece:.2f} %",
+        f"{result.brier:.4f}",
     )
     out.print(table)
     classes = _table("class", "images", "recall", "precision")
@@ -123,29 +130,72 @@ def predict(arguments: Sequence[str]) -> int:
     if args.json:
         out.print_json(data=[prediction.to_dict() for prediction in found])
     elif args.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        ranks = range(1, 1 + max(len(p.top) for p in found))
-        writer.writerow(
-            ["path", *(f"{what}{k}" for k in ranks for what in ("label", "probability"))]
-        )
-        for prediction in found:
-            writer.writerow([prediction.path, *(x for pair in prediction.top for x in pair)])
+        _write_csv(found, args.abstain is not None)
     else:
         table = _table("image", "label", "probability", "then")
         for prediction in found:
-            then = ", ".join(f"{label} {100 * p:.1f} %" for label, p in prediction.top[1:])
-            table.add_row(
-                prediction.path, prediction.label, f"{100 * prediction.probability:.1f} %", then
-            )
+            rest = prediction.top if prediction.label is None else prediction.top[1:]
+            then = ", ".join(f"{label} {100 * p:.1f} %" for label, p in rest)
+            label = "uncertain" if prediction.label is None else prediction.label
+            table.add_row(prediction.path, label, f"{100 * prediction.probability:.1f} %", then)
         out.print(table)
+    if args.abstain is not None:
+        unsure = sum(prediction.abstained for prediction in found)
+        said = f"{unsure} of {len(found)} images are uncertain: less than {args.abstain:g} sure"
+        err.print(said, highlight=False)
     if bad:
         err.print(f"{len(bad)} of {len(bad) + len(found)} files could not be read", highlight=False)
     return 0
 
 
+def _write_csv(found: Sequence[Prediction], may_abstain: bool) -> None:
+    """The table as comma-separated values; where the model may abstain, with what it settled on."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    ranks = range(1, 1 + max(len(p.top) for p in found))
+    settled = ["label", "abstained"] if may_abstain else []
+    names = (f"{what}{k}" for k in ranks for what in ("label", "probability"))
+    writer.writerow(["path", *settled, *names])
+    for p in found:
+        said = [p.label, str(p.abstained).lower()] if may_abstain else []
+        writer.writerow([p.path, *said, *(x for pair in p.top for x in pair)])
+
+
 def _lines_in() -> list[str]:
     """The lines of standard input as file names, whatever bytes are in them."""
     return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line]
+
+
+def calibrate(arguments: Sequence[str]) -> int:
+    """Make a model's probabilities honest, by a temperature fitted on validation images."""
+    args = read(CalibrateArguments, arguments, "calibrate")
+    settings = args.settings()
+    from patchword.workflows.calibrating import calibrate_model
+
+    done = calibrate_model(**settings, console=err)
+    for part in done.parts:
+        err.print(f"{part.role}: {part.part}: {part.why}", highlight=False, soft_wrap=True)
+    if args.json:
+        out.print_json(data=done.to_dict())
+        return 0
+    columns = ("images", "", "temperature", "top-1", "loss", "calibration error", "Brier")
+    table = _table(*columns)
+    for part in done.parts:
+        temperatures = (1.0, done.calibration.temperature)
+        for t, result in zip(temperatures, (part.before, part.after), strict=True):
+            table.add_row(
+                f"{result.n:,} ({part.part})",
+                part.role,
+                f"{t:.4g}",
+                f"{100 * result.top1:.2f} %",
+                f"{result.loss:.4f}",
+                f"{100 * result.ece:.2f} %",
+                f"{result.brier:.4f}",
+            )
+        table.add_section()
+    out.print(table)
+    stored = done.stored or "nowhere; --out FILE writes the calibrated model, --overwrite replaces"
+    out.print(f"stored   {stored}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def demo(arguments: Sequence[str]) -> int:
@@ -299,6 +349,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "calibrate": calibrate,
     "convert": convert,
     "models": models,
     "recipes": recipes,

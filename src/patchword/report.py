@@ -135,8 +135,10 @@ def _headline(run: RunFacts, result: Classification, split: str, warnings: int) 
         pill = f'<a class="pill" href="#notes">{facts.count(warnings, "note")} on this result</a>'
     tiles = {
         "Top-5 accuracy": facts.percent(result.top5) if len(result.per_class) > 5 else None,
+        "Balanced accuracy": facts.percent(result.balanced),
         "Loss": f"{result.loss:.4f}",
         "Calibration error": facts.percent(result.ece),
+        "Brier score": f"{result.brier:.4f}",
         "Classes": f"{len(result.per_class):,}",
         "Parameters": run.given("parameters", facts.whole),
         "Training time": run.given("seconds", facts.duration),

@@ -40,19 +40,20 @@ def divide(source: Source, *, val: float, test: float, seed: int) -> Division:
     given = {part: np.asarray(at, np.int64) for part, at in source.parts.items() if len(at)}
     empty = np.zeros(0, np.int64)
     if set(given) == {"train", "test"}:
-        train, held = _hold_out(source.labels, given["train"], [val], seed)
+        train, held = hold_out(source.labels, given["train"], [val], seed)
         return {"train": train, "val": held[0], "test": given["test"]}
     if set(given) - {"train"}:
         return {part: given.get(part, empty) for part in ("train", "val", "test")}
     everything = np.arange(len(source), dtype=np.int64)
-    train, held = _hold_out(source.labels, everything, [test, val], seed)
+    train, held = hold_out(source.labels, everything, [test, val], seed)
     return {"train": train, "val": held[1], "test": held[0]}
 
 
-def _hold_out(
+def hold_out(
     labels: np.ndarray, indices: np.ndarray, fractions: list[float], seed: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """What stays, and one stratified part of `indices` for each of `fractions` of them."""
+    """What stays, and one part of `indices` for each of `fractions` of them; all rise. The parts
+    are stratified by class and drawn by `seed`; a class of two images or more keeps one."""
     rng = np.random.default_rng(derived_seed(seed, "divide"))
     groups = [rng.permutation(indices[labels[indices] == k]) for k in np.unique(labels[indices])]
     counts = np.array([len(group) for group in groups], np.int64)

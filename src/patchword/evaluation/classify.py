@@ -23,6 +23,8 @@ from patchword.types import Batch, Forward
 
 BINS = 15
 """Equal-width bins of the expected calibration error (Guo et al. 2017)."""
+CHUNK = 4096
+"""Images of collected logits that are measured at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +36,16 @@ class Classification:
     top1: float
     top5: float
     """the true class is among the min(5, K) highest logits"""
+    balanced: float
+    """balanced accuracy: the mean recall of the classes that occur"""
     loss: float
-    """mean per image: softmax cross-entropy, or for sigmoid models the binary cross-entropy summed
-    over the classes"""
+    """mean per image, at the model's temperature: the negative log-likelihood (softmax
+    cross-entropy), or for sigmoid models the binary cross-entropy summed over the classes"""
     ece: float
     """expected calibration error of the top-1 probability, 15 equal-width bins"""
+    brier: float
+    """multi-class Brier score: mean per image of the squared distance between the probabilities and
+    the true class's one-hot vector; 0 to 2 for softmax models (Brier 1950)"""
     per_class: dict[str, dict[str, Any]]
     """class name -> n, recall (None where n is 0), precision (None where never predicted)"""
     skipped: int
@@ -77,28 +84,45 @@ class Classification:
         return wrong[order[:count]].astype(np.int64)
 
     def scalars(self) -> dict[str, float]:
-        """n, top1, top5, loss and ece."""
+        """n, top1, top5, balanced, loss, ece and brier."""
         return {
             "n": self.n,
             "top1": self.top1,
             "top5": self.top5,
+            "balanced": self.balanced,
             "loss": self.loss,
             "ece": self.ece,
+            "brier": self.brier,
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON of `patchword evaluate --json`: n top1 top5 loss ece per_class skipped."""
+        """The JSON of `patchword evaluate --json`: the scalars, per_class and skipped."""
         return {**self.scalars(), "per_class": self.per_class, "skipped": self.skipped}
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a model said of images, masked ones left out: enough for every figure."""
+
+    logits: Tensor
+    """float32 `[n, K]`"""
+    labels: Tensor
+    """int64 `[n]`, as the model numbers the classes"""
+    indices: Tensor
+    """int64 `[n]`, positions in the source"""
+    bad: tuple[tuple[int, str], ...] = ()
+    """(position in the source, reason) of the images skipped"""
+
+
+@dataclass(frozen=True)
 class _Measured:
-    """Per-image quantities of one batch, masked images left out, all `[n]`."""
+    """Per-image quantities of one batch, all `[n]`."""
 
     labels: Tensor
     predicted: Tensor
     confidence: Tensor
     loss: Tensor
+    brier: Tensor
     rank: Tensor
     indices: Tensor
 
@@ -111,7 +135,7 @@ class Classify:
     device. `label_map[data class]` is the model's class; without it the two number alike.
     `data_classes` names the data's classes in errors. `loss` is the loss the model was trained
     with: it decides the loss reported and what a probability is, softmax, or for sigmoid models
-    the sigmoid of the class's own logit.
+    the sigmoid of the class's own logit, both of the logits divided by `temperature`.
 
     Raises `PatchwordError` if `label_map` holds -1: the model does not know the class.
     """
@@ -124,18 +148,20 @@ class Classify:
         label_map: Sequence[int] | None = None,
         loss: Literal["softmax", "sigmoid"] = "softmax",
         data_classes: Sequence[str] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self._batches = batches
         self._classes = unique_names(classes)
         self._prepare = prepare
         self._loss = loss
+        self._temperature = temperature
         self._label_map = None
         if label_map is not None:
             _check_map(label_map, self._classes, data_classes)
             self._label_map = torch.tensor(label_map, dtype=torch.int64)
 
     def __call__(self, forward: Forward) -> dict[str, float]:
-        """The scalars n, top1, top5, loss and ece, for the training log."""
+        """The scalars of `Classification`, for the training log."""
         return self.measure(forward).scalars()
 
     def measure(
@@ -148,6 +174,37 @@ class Classify:
         label or the number of logits does not fit the classes.
         """
         parts: list[_Measured] = []
+        bad = self._each(
+            forward, lambda part: parts.append(self._measured(part, self._temperature)), progress
+        )
+        return self._summarise(parts, bad)
+
+    def collect(self, forward: Forward, progress: Callable[[int], None] | None = None) -> Scores:
+        """The logits of all images, to be measured at several temperatures: `[n, K]` in float32 is
+        what they take. Takes and raises what `measure` does."""
+        parts: list[Scores] = []
+        bad = self._each(forward, parts.append, progress)
+        return Scores(
+            logits=torch.cat([part.logits for part in parts]),
+            labels=torch.cat([part.labels for part in parts]),
+            indices=torch.cat([part.indices for part in parts]),
+            bad=tuple(sorted(bad.items())),
+        )
+
+    def at(self, scores: Scores, temperature: float) -> Classification:
+        """The figures of collected logits at a temperature; equal to those of `measure` at it."""
+        tensors = (scores.logits, scores.labels, scores.indices)
+        chunks = zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+        parts = [self._measured(Scores(*chunk), temperature) for chunk in chunks]
+        return self._summarise(parts, dict(scores.bad))
+
+    def _each(
+        self,
+        forward: Forward,
+        take: Callable[[Scores], None],
+        progress: Callable[[int], None] | None,
+    ) -> dict[int, str]:
+        """Give `take` the logits of each batch. Returns what could not be read, with the reason."""
         bad: dict[int, str] = {}
         done = 0
         with torch.inference_mode():
@@ -156,22 +213,22 @@ class Classify:
                 keep = batch.mask.cpu()
                 if keep.any():
                     logits = forward(self._prepare(batch.images)).float().cpu()
-                    parts.append(self._measure_batch(logits, batch, keep))
+                    take(self._checked(logits, batch, keep))
                 done += int(keep.sum())
                 if progress is not None:
                     progress(done)
-        if not parts:
+        if not done:
             reason = f"none of the {len(bad)} images could be read" if bad else "there are none"
             raise PatchwordError(f"no image to evaluate: {reason}; check the path and the split")
-        return self._summarise(parts, bad)
+        return bad
 
-    def _measure_batch(self, logits: Tensor, batch: Batch, keep: Tensor) -> _Measured:
+    def _checked(self, logits: Tensor, batch: Batch, keep: Tensor) -> Scores:
         if logits.shape != (len(keep), len(self._classes)):
             raise PatchwordError(
                 f"the model returned logits of shape {list(logits.shape)} for {len(keep)} images "
                 f"and {len(self._classes)} class names; load the classes.json of this model"
             )
-        logits = logits[keep].double()
+        logits = logits[keep]
         labels = self._map(batch.labels.cpu()[keep])
         indices = batch.indices.cpu()[keep]
         finite = logits.isfinite().all(dim=1)
@@ -180,22 +237,29 @@ class Classify:
                 f"the model's output for image {int(indices[~finite][0])} is not finite; use "
                 "--precision float32, or an earlier checkpoint"
             )
+        return Scores(logits, labels, indices)
+
+    def _measured(self, scores: Scores, temperature: float) -> _Measured:
+        logits, labels = scores.logits.double(), scores.labels
         # numpy's argmax takes the first of equal values on every platform
         predicted = torch.from_numpy(logits.numpy().argmax(axis=1))
         target = logits.gather(1, labels[:, None])  # [n, 1]
         earlier = torch.arange(logits.shape[1]) < labels[:, None]
         rank = ((logits > target) | ((logits == target) & earlier)).sum(dim=1)
+        scaled = logits / temperature
         if self._loss == "softmax":
-            normaliser, probability = logits.logsumexp(dim=1), logits.softmax(dim=1)
+            normaliser, probability = scaled.logsumexp(dim=1), scaled.softmax(dim=1)
         else:
-            normaliser, probability = _softplus(logits).sum(dim=1), logits.sigmoid()
+            normaliser, probability = _softplus(scaled).sum(dim=1), scaled.sigmoid()
+        wanted = torch.zeros_like(probability).scatter_(1, labels[:, None], 1.0)
         return _Measured(
             labels=labels,
             predicted=predicted,
             confidence=probability.gather(1, predicted[:, None])[:, 0].float(),
-            loss=normaliser - target[:, 0],
+            loss=normaliser - scaled.gather(1, labels[:, None])[:, 0],
+            brier=(probability - wanted).square().sum(dim=1),
             rank=rank,
-            indices=indices,
+            indices=scores.indices,
         )
 
     def _map(self, labels: Tensor) -> Tensor:
@@ -214,13 +278,17 @@ class Classify:
 
         labels, predicted, confidence = column("labels"), column("predicted"), column("confidence")
         rank, n = column("rank"), len(labels)
+        per_class = _per_class(self._classes, labels, predicted)
+        recalls = [row["recall"] for row in per_class.values() if row["n"]]
         return Classification(
             n=n,
             top1=int((rank == 0).sum()) / n,
             top5=int((rank < 5).sum()) / n,
+            balanced=math.fsum(recalls) / len(recalls),
             loss=math.fsum(column("loss")) / n,
             ece=_calibration_error(labels == predicted, confidence),
-            per_class=_per_class(self._classes, labels, predicted),
+            brier=math.fsum(column("brier")) / n,
+            per_class=per_class,
             skipped=len(bad),
             labels=labels,
             predicted=predicted,

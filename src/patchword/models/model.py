@@ -8,7 +8,7 @@ from typing import ClassVar, Generic
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from patchword.architecture import ModelSpec, PreprocessSpec
+from patchword.architecture import CalibrationSpec, ModelSpec, PreprocessSpec
 from patchword.parsing import PatchwordError
 from patchword.types import Outputs
 
@@ -20,7 +20,8 @@ class Model(nn.Module, Generic[Spec]):
 
     `model(images)`: float `[B, C, H, W]`, normalised by `preprocess.mean` and `.std`, to logits
     `[B, K]`, or to the pooled features `[B, D]` if the spec has no classes. `classes` names the
-    logits; it is empty if nobody has named them.
+    logits; it is empty if nobody has named them. `calibration` holds the temperature of the
+    probabilities, None if nobody has measured it; the logits are the same with and without.
     """
 
     HEADS: ClassVar[tuple[str, ...]] = ("head.", "pre_logits.")
@@ -32,6 +33,7 @@ class Model(nn.Module, Generic[Spec]):
         super().__init__()
         self.preprocess = preprocess or PreprocessSpec()
         self.classes = classes
+        self.calibration: CalibrationSpec | None = None
         self.spec = spec
         self.head: nn.Linear | None = None
 
@@ -48,6 +50,17 @@ class Model(nn.Module, Generic[Spec]):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images).pooled)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities; 1 without calibration."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits `[B, K]` to probabilities `[B, K]`, float64: softmax, or for sigmoid models each
+        class by itself, at the model's temperature."""
+        scaled = logits.double() / self.temperature
+        return scaled.softmax(dim=1) if self.spec.probability == "softmax" else scaled.sigmoid()
 
     def check(self, images: Tensor) -> None:
         """Raises `PatchwordError` unless `images` are of the spec's size."""

@@ -49,6 +49,16 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file of a checkpoint folder by what `write(path)` puts there in one step, then its
+    sum in the manifest. A kill in between leaves a file that loads, and a folder that counts as
+    damaged: no run goes on from it."""
+    write(path)
+    manifest = path.parent / MANIFEST
+    sums = json.loads(manifest.read_text(encoding="utf-8"))
+    replace_text(manifest, json.dumps(sums | {path.name: _sha256(path)}, indent=1))
+
+
 def _aside(folder: Path) -> Path:
     """Rename a folder so that it no longer counts, before it is removed."""
     return folder.rename(folder.with_name(f".removing-{folder.name}"))

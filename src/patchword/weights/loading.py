@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from patchword.architecture import MixerSpec, ModelSpec, PreprocessSpec, ResNetSpec, ViTSpec
+from patchword.architecture import (
+    CalibrationSpec,
+    MixerSpec,
+    ModelSpec,
+    PreprocessSpec,
+    ResNetSpec,
+    ViTSpec,
+)
 from patchword.models.model import Model, init_lecun
 from patchword.models.position import resample_positions
 from patchword.models.zoo import build_model, resized, spec_from_dict, variant_name
@@ -40,6 +47,7 @@ class WeightsFile:
     classes: tuple[str, ...]
     extra: dict[str, Any] = field(default_factory=dict)
     """what patchword's writer added, such as the step"""
+    calibration: CalibrationSpec | None = None
     format: str = "patchword"
     notes: tuple[str, ...] = ()
     """what was assumed, and whatever else a user should know"""
@@ -123,6 +131,7 @@ def _native(container: Container) -> WeightsFile:
     header, path = read_header(container.path, container.metadata), container.path
     try:
         model, classes, extra = header["model"], header["classes"], header["extra"]
+        measured = header.get("calibration")
         kinds = isinstance(model, dict), isinstance(classes, list), isinstance(extra, dict)
         if not all(kinds) or not all(isinstance(name, str) for name in classes):
             raise UsageError("model, classes or extra is of the wrong type")
@@ -132,6 +141,7 @@ def _native(container: Container) -> WeightsFile:
             preprocess=parse(PreprocessSpec, header["preprocess"]),
             classes=tuple(classes),
             extra=extra,
+            calibration=None if measured is None else parse(CalibrationSpec, measured),
         )
     except KeyError as error:
         raise PatchwordError(f"{path} holds no model: its header lacks {error}") from None
@@ -202,6 +212,13 @@ def load_model(
     _say_found(file)
     spec = resized(file.spec, size or file.spec.image_size)
     model = _assembled(tensors, file, spec, classes=file.classes)
+    model.calibration = file.calibration
+    if file.calibration is not None and spec.image_size != file.spec.image_size:
+        logger.warning(
+            "%s was calibrated at %dx%d px; at %dx%d px its probabilities may be off: calibrate "
+            "it again",
+            *(file.path, *file.spec.image_size, *spec.image_size),
+        )
     return model.requires_grad_(True).to(device).eval()
 
 

@@ -1,7 +1,8 @@
 """Patchword's own weight files: one safetensors file that says what it is.
 
-The header's metadata holds the model's spec, its preprocessing, its class names and a SHA-256 over
-the tensors, so that a file loads by itself anywhere and a flipped bit is found on load.
+The header's metadata holds the model's spec, its preprocessing, its class names, its calibration if
+it has one, and a SHA-256 over it and the tensors, so that a file loads by itself anywhere and a
+flipped bit is found on load.
 """
 
 from __future__ import annotations
@@ -100,11 +101,13 @@ def sync(path: Path) -> None:
 
 def model_header(model: Model, **extra: Any) -> dict[str, Any]:
     """The header that makes a weight file loadable."""
+    measured = model.calibration
     return {
         "model": spec_to_dict(model.spec),
         "preprocess": to_dict(model.preprocess),
         "classes": list(model.classes),
         "extra": extra,
+        **({} if measured is None else {"calibration": to_dict(measured)}),
     }
 
 

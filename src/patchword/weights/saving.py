@@ -43,8 +43,9 @@ def save_model(
 
     What is there is replaced in one step once the new one is complete and was read back. `extra`
     (JSON values) is kept in the header of patchword's format. The log says which settings a foreign
-    file does not tell. Raises `PatchwordError` if `path` exists and `overwrite` is not set, or the
-    format cannot hold the model; `UsageError` on unknown formats and names of files.
+    file does not tell, and that it holds no calibration: the logits stay as they are. Raises
+    `PatchwordError` if `path` exists and `overwrite` is not set, or the format cannot hold the
+    model; `UsageError` on unknown formats and names of files.
     """
     path = Path(path)
     if format != "patchword":
@@ -172,7 +173,13 @@ def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _say_untold(model: Model, written: Path, path: Path) -> None:
-    """Log what a reader of the file has to be told."""
+    """Log what a reader of the file has to be told, and what no reader can be."""
+    if model.calibration is not None:
+        logger.warning(
+            "%s has no place for the calibration: whoever reads it gets the same logits, and has "
+            "to divide them by %.6g before they become probabilities",
+            *(path, model.temperature),
+        )
     wanted: Any = vars(model.spec)
     file = describe_weights(written, trust_pickle=True, image_size=model.spec.image_size)
     lost = [

@@ -66,11 +66,36 @@ def evaluate(
     image can be read.
     """
     run = None if isinstance(model, Model) else run_of(Path(model))
-    net, forward, where = _load(model, image_size, device, precision, trust_pickle)
+    net, forward, where = load_classifier(model, image_size, device, precision, trust_pickle)
     source = open_source(str(data))
     name, why, indices = choose_part(source, run, split)
-    classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
-    mapped = match_classes(source.classes, net.classes) if net.classes else None
+    classify = part_classifier(net, source, indices, where, batch_size, workers, on_bad_image)
+    if net.calibration is not None:
+        logger.info(
+            "probabilities at temperature %.4g, measured on %s",
+            *(net.temperature, net.calibration.measured_on),
+        )
+    console = console or Console(stderr=True, markup=False, emoji=False)
+    with console.status("") as status:
+        result = classify.measure(
+            forward, lambda done: status.update(f"{done:,}/{len(indices):,} images of {name}")
+        )
+    for index, reason in result.bad:
+        logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
+    return Evaluation(name, why, result)
+
+
+def part_classifier(
+    net: Model,
+    source: Source,
+    indices: np.ndarray,
+    where: torch.device,
+    batch_size: int | None,
+    workers: int | None,
+    on_bad_image: Literal["skip", "fail"],
+) -> Classify:
+    """Measures `net`, at its own temperature, on the images at `indices` of a source. Raises
+    `PatchwordError` if it does not know the classes of the data."""
     transform = EvalTransform(net.spec.image_size, net.spec.in_channels, net.preprocess)
 
     def batches() -> Iterator[Batch]:
@@ -83,25 +108,18 @@ def evaluate(
             on_bad=on_bad_image,
         )
 
-    classify = Classify(
+    return Classify(
         batches,
-        classes,
+        net.classes or tuple(str(i) for i in range(net.spec.num_classes)),
         lambda images: to_input(images.to(where), net.preprocess),
-        label_map=mapped,
+        label_map=match_classes(source.classes, net.classes) if net.classes else None,
         loss=net.spec.probability,
         data_classes=source.classes,
+        temperature=net.temperature,
     )
-    console = console or Console(stderr=True, markup=False, emoji=False)
-    with console.status("") as status:
-        result = classify.measure(
-            forward, lambda done: status.update(f"{done:,}/{len(indices):,} images of {name}")
-        )
-    for index, reason in result.bad:
-        logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
-    return Evaluation(name, why, result)
 
 
-def _load(
+def load_classifier(
     model: str | Path | Model,
     image_size: int | tuple[int, int] | None,
     device: Device,
@@ -143,6 +161,19 @@ def choose_part(source: Source, run: Path | None, split: str | None) -> tuple[st
     `split` None: test, else val, as the data divide themselves or the run divided them, else
     everything. Raises `UsageError` if a named part does not exist.
     """
+    parts = known_parts(source, run)
+    if split is None:
+        split = next((name for name in ("test", "val") if name in parts), "all")
+    parts["all"] = (np.arange(len(source), dtype=np.int64), "all images of the data")
+    if split not in parts:
+        raise UsageError(f"the data have no {split!r} part{nearest(split, parts)}")
+    at, why = parts[split]
+    return split, why, at
+
+
+def known_parts(source: Source, run: Path | None) -> dict[str, tuple[np.ndarray, str]]:
+    """The parts that have images, as the data divide themselves or the run divided them: name to
+    (positions, where it comes from)."""
     parts = {name: (at, "given by the data") for name, at in source.parts.items() if len(at)}
     if run is not None:
         try:
@@ -157,14 +188,7 @@ def choose_part(source: Source, run: Path | None, split: str | None) -> tuple[st
                     parts.setdefault(name, (at, f"held out by {run.name}"))
             if "train" in parts and len(division["train"]):
                 parts["train"] = (division["train"], f"trained on by {run.name}")
-    everything = (np.arange(len(source), dtype=np.int64), "all images of the data")
-    if split is None:
-        split = next((name for name in ("test", "val") if name in parts), "all")
-    parts["all"] = everything
-    if split not in parts:
-        raise UsageError(f"the data have no {split!r} part{nearest(split, parts)}")
-    at, why = parts[split]
-    return split, why, at
+    return parts
 
 
 @dataclass(frozen=True)
@@ -172,10 +196,14 @@ class Prediction:
     """What a model says of an image."""
 
     path: str
-    label: str
+    label: str | None
+    """None where the model abstains"""
     probability: float
+    """of the most probable class"""
     top: list[tuple[str, float]]
     """(label, probability), most probable first"""
+    abstained: bool = False
+    """the probability is below the threshold that was asked for"""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `patchword predict --json`."""
@@ -188,6 +216,7 @@ def predict(
     images: str | Path | Sequence[str | Path],
     *,
     top: int = 5,
+    abstain: float | None = None,
     image_size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     device: Device = "auto",
@@ -199,10 +228,14 @@ def predict(
     """Classify image files, folders (searched through) and glob patterns, in order.
 
     Files that are missing or cannot be read are left out; `bad`, if given, receives path -> reason.
-    Options and models are those of `evaluate`. Raises `PatchwordError` if the model is missing or
-    damaged, and if no image is found or none can be read.
+    Images whose top probability is below `abstain`, in (0, 1], get no label; the log then says
+    which coverage and accuracy to expect, as measured when the model was calibrated. Options and
+    models are those of `evaluate`. Raises `PatchwordError` if the model is missing or damaged, and
+    if no image is found or none can be read; `UsageError` if `abstain` is out of range.
     """
-    net, forward, where = _load(model, image_size, device, precision, trust_pickle)
+    if abstain is not None and not 0 < abstain <= 1:
+        raise UsageError(f"abstain is {abstain:g}; give a probability above 0, at most 1")
+    net, forward, where = load_classifier(model, image_size, device, precision, trust_pickle)
     bad = {} if bad is None else bad
     paths = find_images([images] if isinstance(images, str | Path) else images, bad)
     source = Source(
@@ -214,6 +247,8 @@ def predict(
         reader=FileReader("", paths),
     )
     classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
+    if abstain is not None:
+        logger.info("%s", expectation(net, abstain))
     found: list[Prediction] = []
     with torch.inference_mode():
         for batch in eval_batches(
@@ -227,25 +262,49 @@ def predict(
             for index, reason in batch.bad:
                 logger.warning("cannot read %s: %s", paths[index], reason)
                 bad[paths[index]] = reason
-            logits = forward(to_input(batch.images.to(where), net.preprocess)).double().cpu()
-            found += _predictions(net, logits, batch, paths, classes, top)
+            logits = forward(to_input(batch.images.to(where), net.preprocess)).float().cpu()
+            found += _predictions(net, logits, batch, paths, classes, top, abstain)
     return found
 
 
-def _predictions(
-    net: Model, logits: Tensor, batch: Batch, paths: Sequence[str], classes: Sequence[str], top: int
-) -> Iterator[Prediction]:
-    softmax = net.spec.probability == "softmax"
-    values, order = (logits.softmax(1) if softmax else logits.sigmoid()).sort(
-        dim=1, descending=True, stable=True
+def expectation(net: Model, abstain: float) -> str:
+    """What is to be expected of a model that leaves out images it is less sure of, in words."""
+    measured = net.calibration
+    if measured is None:
+        return (
+            f"what to expect at {abstain:g} is not known: the model's probabilities were never "
+            "checked; `patchword calibrate MODEL DATA` measures it"
+        )
+    coverage, accuracy = measured.expected(abstain)
+    right = "no accuracy is known of so few"
+    if accuracy is not None:
+        right = f"{100 * accuracy:.1f} % of them right"
+    return (
+        f"to expect at {abstain:g}, by {measured.measured_on}: {100 * coverage:.1f} % of images "
+        f"get a label, {right}"
     )
+
+
+def _predictions(
+    net: Model,
+    logits: Tensor,
+    batch: Batch,
+    paths: Sequence[str],
+    classes: Sequence[str],
+    top: int,
+    abstain: float | None,
+) -> Iterator[Prediction]:
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    values = net.probabilities(logits).gather(1, order)
     for row in batch.mask.nonzero()[:, 0].tolist():
         best = [
             (str(classes[k]), float(p))
             for k, p in zip(order[row, :top].tolist(), values[row, :top].tolist(), strict=True)
         ]
         label, probability = best[0]
-        yield Prediction(paths[int(batch.indices[row])], label, probability, best)
+        unsure = abstain is not None and probability < abstain
+        path = paths[int(batch.indices[row])]
+        yield Prediction(path, None if unsure else label, probability, best, unsure)
 
 
 def find_images(patterns: Iterable[str | Path], missing: dict[str, str]) -> list[str]:
