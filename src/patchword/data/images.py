@@ -103,7 +103,7 @@ def _decode_file(
         raise BadImage(f"{width} x {height} is more than {max_pixels:,} pixels")
     orientation = 1
     if image.format in ("JPEG", "MPO"):
-        orientation = _orientation(image)
+        orientation = exif_orientation(image)
         turned = orientation >= 5
         if callable(at_least):
             at_least = at_least(width, height) if turned else at_least(height, width)
@@ -115,7 +115,7 @@ def _decode_file(
         if said:
             raise BadImage(" ".join(str(said[0].message).split())[:120])
     elif image.format not in ("JPEG", "MPO"):
-        orientation = _orientation(image)
+        orientation = exif_orientation(image)
     if callable(at_least) and image.format not in ("JPEG", "MPO"):
         turned = orientation >= 5
         at_least(*(image.size if turned else image.size[::-1]))
@@ -123,7 +123,7 @@ def _decode_file(
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) where the metadata is missing or broken."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)

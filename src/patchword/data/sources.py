@@ -199,28 +199,11 @@ def _digits() -> Source:
 
 
 def _folder(root: Path) -> Source:
-    tops = sorted(entry.name for entry in _entries(root) if _visible_folder(entry))
-    split_of = {
-        top: SPLITS[top.lower()]
-        for top in tops
-        if top.lower() in SPLITS and any(map(_visible_folder, _entries(root / top)))
-    }
-    if split_of and (
-        stray := [top for top in tops if top not in split_of and _has_image(root, top)]
-    ):
-        raise PatchwordError(
-            f"{root}: images in {stray[0]}/ beside the split {next(iter(split_of))}/; "
-            "move that folder out, or into a split"
-        )
     found: list[tuple[str, str, str, int]] = []  # key, class, split, bytes
-    for parent in split_of or [""]:
-        base = root / parent
-        for entry in _entries(base):
-            if not _visible_folder(entry):
-                continue
-            for path, size in image_files(entry.path):
-                key = os.path.relpath(path, root).replace(os.sep, "/")
-                found.append((key, entry.name, split_of.get(parent, ""), size))
+    for part, folder in class_folders(root):
+        for path, size in image_files(folder.path):
+            key = os.path.relpath(path, root).replace(os.sep, "/")
+            found.append((key, folder.name, part, size))
     if not found:
         raise PatchwordError(
             f"{root}: no images in class folders; put them into one folder per class, or give "
@@ -241,6 +224,30 @@ def _folder(root: Path) -> Source:
     )
 
 
+def class_folders(root: Path) -> list[tuple[str, os.DirEntry[str]]]:
+    """The folders of `root` that stand for classes, each with its part: train, val, test, or ""
+    where the data are not divided. Raises `PatchwordError` if it is not clear which they are."""
+    tops = sorted(entry.name for entry in _entries(root) if _visible_folder(entry))
+    split_of = {
+        top: SPLITS[top.lower()]
+        for top in tops
+        if top.lower() in SPLITS and any(map(_visible_folder, _entries(root / top)))
+    }
+    if split_of and (
+        stray := [top for top in tops if top not in split_of and _has_image(root, top)]
+    ):
+        raise PatchwordError(
+            f"{root}: images in {stray[0]}/ beside the split {next(iter(split_of))}/; "
+            "move that folder out, or into a split"
+        )
+    return [
+        (split_of.get(parent, ""), entry)
+        for parent in split_of or [""]
+        for entry in _entries(root / parent)
+        if _visible_folder(entry)
+    ]
+
+
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return list(entries)
@@ -250,25 +257,32 @@ def _visible_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
 
 
-def image_files(
-    folder: str, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[tuple[str, int]]:
+def image_files(folder: str) -> Iterator[tuple[str, int]]:
     """(path, bytes) of every image file below `folder` but hidden ones; links are followed, but not
     in circles."""
+    for entry in visible_files(folder):
+        if is_image(entry.name):
+            yield entry.path, entry.stat().st_size
+
+
+def visible_files(
+    folder: str | Path, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[os.DirEntry[str]]:
+    """Every file below `folder` but hidden ones; links are followed, but not in circles."""
     here = os.stat(folder)
     if (here.st_dev, here.st_ino) in above:
         return
     above |= {(here.st_dev, here.st_ino)}
     for entry in _entries(folder):
         if _visible_folder(entry):
-            yield from image_files(entry.path, above)
-        elif _is_image(entry):
-            yield entry.path, entry.stat().st_size
+            yield from visible_files(entry.path, above)
+        elif not entry.name.startswith(".") and entry.is_file():
+            yield entry
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+def is_image(name: str) -> bool:
+    """Whether a file is read as an image, by its suffix."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _has_image(root: Path, top: str) -> bool:
