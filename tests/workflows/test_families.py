@@ -62,6 +62,8 @@ def test_a_run_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert architecture.startswith(name.partition("-")[0])
     for file in ("report.html", "MODEL_CARD.md"):
         assert architecture in (whole.run / file).read_text(encoding="utf-8")
+    shown = 'class="paper"' in (whole.run / "report.html").read_text(encoding="utf-8")
+    assert shown == (not name.startswith("BiT"))  # which has no patches and no positions
 
 
 def options(run: Path) -> dict[str, Any]:
