@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import patchword
-from patchword.architecture import PreprocessSpec, ViTSpec
+from patchword.architecture import FAMILIES, PreprocessSpec, ViTSpec
 from patchword.parsing import (
     PatchwordError,
     UsageError,
@@ -283,6 +283,7 @@ def test_differences_name_the_fields():
         "on_nan",
         "on_save_error",
         "tensorboard",
+        "trust_pickle",
     }
 
 
@@ -344,16 +345,22 @@ def test_every_field_is_read_where_it_belongs(cls: type):
     assert unread <= ({"probability"} if cls is ViTSpec else set())
 
 
-def test_model_options_are_fields_of_the_model():
-    fields = {f.name: f for f in dataclasses.fields(ViTSpec)}
-    assert {f.name for f in dataclasses.fields(ModelOptions)} <= set(fields)
+def test_model_options_are_fields_of_a_family():
+    """And of the type of one."""
+    types: dict[str, set[str]] = {}
+    for field in (f for family in FAMILIES.values() for f in dataclasses.fields(family)):
+        types.setdefault(field.name, set()).add(str(field.type).removesuffix(" | None"))
+    for option in dataclasses.fields(ModelOptions):
+        assert str(option.type).removesuffix(" | None") in types[option.name]
     assert ModelOptions().given() == {}
     assert ModelOptions(dropout=0.0, qk_norm=False).given() == {"dropout": 0.0, "qk_norm": False}
 
 
-@pytest.mark.parametrize("module", ["patchword.specs", "patchword.training.recipes"])
+@pytest.mark.parametrize("module", ["specs", "training.recipes", "weights.pretrained"])
 def test_import_without_torch(module: str):
-    code = f"import {module}, sys; assert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)"
+    code = (
+        f"import patchword.{module}, sys; assert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from patchword.parsing import PatchwordError
+import patchword
+from patchword.parsing import Interrupted, PatchwordError
 from patchword.training.checkpoint import damage
+from patchword.training.loop import Run
 from patchword.weights.loading import load_model
 
 FILES = [
@@ -40,10 +42,6 @@ FAULTS = {"flip": flip, "truncate": truncate, "remove": remove}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished run, and one stopped after step 7 with the checkpoints of 6 and 7."""
-    import patchword
-    from patchword.parsing import Interrupted
-    from patchword.training.loop import Run
-
     folder = tmp_path_factory.mktemp("runs")
     settings = {
         "steps": 10,
@@ -77,6 +75,12 @@ def stopped(runs, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def resume(runs, stopped):
+    """The same call again on that copy."""
+    return lambda **changes: patchword.train("digits", out=stopped, **runs[1] | changes)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_found(runs, tmp_path, name):
     """At both ends of each file, where the structure is, and at random in between."""
@@ -99,11 +103,11 @@ def test_every_flipped_bit_is_found(runs, tmp_path, name):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_checkpoint_before_is_used_and_named(
-    runs, stopped, train, state_of, caplog, capsys, name, fault
+    runs, stopped, resume, state_of, caplog, capsys, name, fault
 ):
     newest = stopped / "checkpoints/step-00000007"
     FAULTS[fault](newest / name, name)
-    train(stopped, **_plain(runs))
+    resume()
     warning = next(r.getMessage() for r in caplog.records if "is damaged" in r.message)
     assert f"checkpoint {newest} is damaged" in warning
     assert "\n" not in warning
@@ -111,25 +115,11 @@ def test_the_checkpoint_before_is_used_and_named(
     assert state_of(stopped) == state_of(runs[0] / "whole")
 
 
-def _plain(runs):
-    """The settings of `runs`, and nothing of the fixture's."""
-    plain = {
-        "dropout": None,
-        "drop_path": None,
-        "mixup": 0.0,
-        "accumulate": 1,
-        "average": 0.99,
-        "log_every": None,
-        "workers": None,
-    }
-    return plain | runs[1]
-
-
-def test_all_damaged_is_one_clear_error(runs, stopped, train):
+def test_all_damaged_is_one_clear_error(resume, stopped):
     for number, folder in enumerate(sorted((stopped / "checkpoints").glob("step-*"))):
         flip(folder / "model.safetensors", number)
     with pytest.raises(PatchwordError, match=r"every checkpoint under .* is damaged;.*overwrite"):
-        train(stopped, **_plain(runs))
+        resume()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -141,29 +131,29 @@ def test_damaged_weights_do_not_load(runs, stopped, seed):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_damaged_best_weights_are_chosen_anew(runs, stopped, train, caplog, fault):
+def test_damaged_best_weights_are_chosen_anew(runs, stopped, resume, caplog, fault):
     """The run finishes, with the best of what came after."""
     FAULTS[fault](stopped / "best/model.safetensors", 0)
-    result = train(stopped, **_plain(runs))
+    result = resume()
     assert any("best weights" in r.getMessage() for r in caplog.records)
     assert result.summary["best_step"] in (8, 10)
     load_model(stopped)
 
 
-def test_damaged_log_lines_are_named_and_left_out(runs, stopped, train, caplog):
+def test_damaged_log_lines_are_named_and_left_out(runs, stopped, resume, caplog):
     path = stopped / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\xff" + lines[1] + b"".join(lines[2:]) + b'{"step": 7, "lo')
-    train(stopped, **_plain(runs))
+    resume()
     assert any("line 2 is damaged" in r.getMessage() for r in caplog.records)
     whole = (runs[0] / "whole/metrics.jsonl").read_bytes().splitlines()
     assert len(path.read_bytes().splitlines()) == len(whole) - 1
 
 
-def test_a_damaged_config_is_one_clear_error(runs, stopped, train):
+def test_a_damaged_config_is_one_clear_error(resume, stopped):
     path = stopped / "config.json"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(PatchwordError, match=r"config.json cannot be read: .*--overwrite"):
-        train(stopped, **_plain(runs))
-    result = train(stopped, overwrite=True, **_plain(runs))
+        resume()
+    result = resume(overwrite=True)
     assert result.summary["steps"] == 10

@@ -150,13 +150,13 @@ def test_a_second_process_is_refused(tmp_path, train, command, shell):
 
 def test_time_is_turned_into_steps_once(tmp_path, train, stopped_at):
     run = tmp_path / "run"
-    settings = {"steps": None, "time": "20s", "eval_every": None, "checkpoint_every": None}
+    settings = {"steps": None, "time": "10m", "eval_every": None, "checkpoint_every": None}
     with pytest.raises(stopped_at(1)):
         train(run, **settings)
     config = (run / "config.json").read_bytes()
     assert json.loads(config)["steps"] > 2
     with pytest.raises(UsageError, match="time"):
-        train(run, **settings | {"time": "30s"})
+        train(run, **settings | {"time": "20m"})
     with pytest.raises(stopped_at(2)):
         train(run, **settings)
     assert (run / "config.json").read_bytes() == config

@@ -19,6 +19,7 @@ from patchword.models.layers import (
     drop_patches,
     drop_path,
 )
+from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
 
 Attention = Callable[..., Tensor]
@@ -181,6 +182,7 @@ def test_patch_dropout_keeps_some_patches_in_order_and_all_leading_tokens():
 
 def test_patch_dropout_of_a_model_acts_in_training_only():
     model = create_model("ViT-mu/4", 3, 16, patch_dropout=0.5, depth=2, pool="gap")
+    assert isinstance(model, ViT)
     images = torch.randn(2, 3, 16, 16)
     seen: list[int] = []
     model.blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))

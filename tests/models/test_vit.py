@@ -499,6 +499,7 @@ def test_macs_equal_torch_own_count(options: dict[str, Any]):
 
 def test_macs_of_a_real_model():
     spec = model_spec("ViT-B/16")
+    assert isinstance(spec, ViTSpec)
     assert macs(spec) == counted_macs(spec)
     assert macs(spec) / 1e9 == pytest.approx(17.6, abs=0.05)  # section 4.4
 

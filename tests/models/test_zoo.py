@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from patchword import UsageError, create_model, list_models
+from patchword.architecture import ViTSpec
+from patchword.models.vit import ViT
 from patchword.models.zoo import SHAPES, model_cost, model_spec, variant_name
 
 # Parameters at 224 px, 1000 classes, linear head. Those of Ti/16, S/16, B/16, B/32, L/16 and H/14
@@ -55,6 +57,13 @@ PARAMETERS = {
     "ViT-G/16": 1_844_640_360,
     "ViT-G/32": 1_848_229_608,
 }
+
+
+def vit(name: str, *sizes: Any, **options: Any) -> ViT:
+    """`create_model`, known to be a ViT."""
+    model = create_model(name, *sizes, **options)
+    assert isinstance(model, ViT)
+    return model
 
 
 def closed_formula(name: str) -> int:
@@ -132,10 +141,10 @@ def test_unknown_names_suggest_the_nearest(name: str, suggestion: str):
 
 
 def test_names_are_case_sensitive():
-    assert model_spec("ViT-b/32").width == 384
-    assert model_spec("ViT-B/32").width == 768
-    assert model_spec("ViT-g/14").width == 1408
-    assert model_spec("ViT-G/14").width == 1664
+    for name, width in (("b/32", 384), ("B/32", 768), ("g/14", 1408), ("G/14", 1664)):
+        spec = model_spec(f"ViT-{name}")
+        assert isinstance(spec, ViTSpec)
+        assert spec.width == width
     for name in ("ViT-s/16", "ViT-TI/16", "VIT-B/16", "ViT-h/14", "ViT-MU/16"):
         with pytest.raises(UsageError, match="unknown model"):
             create_model(name)
@@ -175,14 +184,14 @@ def test_bad_options_are_named(options: dict[str, Any], message: str):
 
 
 def test_rectangles_and_patch_sizes():
-    model = create_model("ViT-mu/8", 5, (16, 40), 2)
+    model = vit("ViT-mu/8", 5, (16, 40), 2)
     assert model.spec.grid == (2, 5)
     assert model(torch.zeros(1, 2, 16, 40)).shape == (1, 5)
-    assert create_model("ViT-mu/8", 5, 24, patch_size=4).spec.patch_size == (4, 4)
-    flat = create_model("ViT-mu/8", 5, (12, 20), patch_size=(3, 10))
+    assert vit("ViT-mu/8", 5, 24, patch_size=4).spec.patch_size == (4, 4)
+    flat = vit("ViT-mu/8", 5, (12, 20), patch_size=(3, 10))
     assert flat.spec.grid == (4, 2)
     assert flat(torch.zeros(1, 3, 12, 20)).shape == (1, 5)
-    assert create_model("ViT-mu/5", 5, 20).spec.grid == (4, 4)  # not a listed patch size
+    assert vit("ViT-mu/5", 5, 20).spec.grid == (4, 4)  # not a listed patch size
 
 
 def test_no_classes_gives_features():
@@ -212,7 +221,7 @@ def test_options_reach_the_spec():
     }
     spec = create_model("ViT-mu/8", 5, 16, **options).spec
     assert {name: getattr(spec, name) for name in options} == options
-    assert create_model("ViT-mu/8", image_size=16, dropout=0).spec.dropout == 0
+    assert vit("ViT-mu/8", image_size=16, dropout=0).spec.dropout == 0
 
 
 def test_cost_allocates_nothing():

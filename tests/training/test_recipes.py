@@ -25,7 +25,9 @@ every = pytest.mark.parametrize("name", RECIPES)
 def vit_of(spec: TrainSpec) -> ViTSpec:
     """The recipe's model; a small one where --init brings it."""
     options = spec.options.given()
-    return model_spec(spec.model or "ViT-Ti/16", image_size=spec.size, **options)
+    found = model_spec(spec.model or "ViT-Ti/16", image_size=spec.size, **options)
+    assert isinstance(found, ViTSpec)
+    return found
 
 
 def steps_of(spec: TrainSpec, images: int | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import socket
 from collections.abc import Callable
@@ -15,8 +14,6 @@ from PIL import Image
 
 import patchword
 from patchword import Model, UsageError, create_model, load_model, save_model
-from patchword.architecture import FAMILIES as FAMILIES_OF_SPECS
-from patchword.specs import ModelOptions
 from patchword.training.loop import Run
 from patchword.training.recipes import recipe_spec
 from patchword.weights.pretrained import PRETRAINED
@@ -65,6 +62,8 @@ def test_a_run_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert architecture.startswith(name.partition("-")[0])
     for file in ("report.html", "MODEL_CARD.md"):
         assert architecture in (whole.run / file).read_text(encoding="utf-8")
+    shown = 'class="paper"' in (whole.run / "report.html").read_text(encoding="utf-8")
+    assert shown == (not name.startswith("BiT"))  # which has no patches and no positions
 
 
 def options(run: Path) -> dict[str, Any]:
@@ -104,17 +103,6 @@ def test_an_option_that_the_family_lacks(
         patchword.train("digits", model=name, out=tmp_path / "run", **SHORT, **given)
     assert message in str(raised.value)
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_options_are_fields_of_a_family():
-    """None is ignored by all, and none is of another kind than the field that it sets."""
-    fields: dict[str, set[str]] = {}
-    for family in FAMILIES_OF_SPECS.values():
-        for field in dataclasses.fields(family):
-            fields.setdefault(field.name, set()).add(str(field.type))
-    for option in dataclasses.fields(ModelOptions):
-        plain = str(option.type).removesuffix(" | None")
-        assert plain in {kind.removesuffix(" | None") for kind in fields[option.name]}
 
 
 # Pretrained weights: laid out as in the cache of the hub's library; there is no network -----------

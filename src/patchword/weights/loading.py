@@ -199,8 +199,9 @@ def load_model(
     trust_pickle: bool = False,
     **hints: Any,
 ) -> Model:
-    """The model of a weight file, run directory, folder or `hub:ORG/NAME`, in evaluation mode and
-    float32; the format is recognised by its content, and the log says what was found.
+    """The model of a weight file, run directory, folder, `hub:ORG/NAME` or name of `PRETRAINED`, in
+    evaluation mode and float32; the format is recognised by its content, and the log says what was
+    found.
 
     With another `image_size` (pixels, one side or (height, width)) the position table is resampled
     in 2-D, and the log says so. `hints` as in `read_weights`. Raises `PatchwordError` if the file
