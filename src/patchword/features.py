@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL
@@ -23,12 +23,13 @@ from patchword.data.sources import Source
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.models.model import Model
 from patchword.models.zoo import spec_to_dict
-from patchword.parsing import PatchwordError, to_dict
+from patchword.parsing import PatchwordError, UsageError, nearest, to_dict
 from patchword.weights.native import load_tensors, save_tensors
 
 logger = logging.getLogger("patchword")
 VERSION = 1
 """Raised when the same model and images come to give other features."""
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_FIELDS = frozenset({"num_classes", "head", "probability"})
 """Fields of a model's spec that its features do not depend on."""
 
@@ -62,7 +63,7 @@ def extract(
     device: torch.device | str,
     batch_size: int = 64,
     workers: int = 0,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: str = "float32",
     cache: bool | Path = True,
     on_bad: OnBad = "skip",
     progress: Callable[[int, int], None] | None = None,
@@ -78,9 +79,12 @@ def extract(
     shape; the log says so. A damaged file is computed anew and replaced; a disk that cannot be
     written costs a warning.
 
-    Raises `PatchwordError` if no image can be read, with `on_bad="fail"` if one cannot, and if a
+    `precision`, float32 or bfloat16, is that of the forward pass. Raises `UsageError` on others,
+    and `PatchwordError` if no image can be read, with `on_bad="fail"` if one cannot, and if a
     feature is not finite.
     """
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}{nearest(precision, PRECISIONS)}")
     indices = np.asarray(indices, np.int64)
     if not len(indices):
         raise PatchwordError("no images to compute features of; choose another part of the data")
@@ -147,8 +151,7 @@ def _compute(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, dict[int, str]]:
     """float32 `[len(indices) - bad, D]`, and why images are bad."""
-    module = model.to(device).eval()
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    module, dtype = model.to(device).eval(), PRECISIONS[precision]
     if dtype is not torch.float32:
         module = copy.deepcopy(model).to(dtype)
     transform = EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
