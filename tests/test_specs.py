@@ -206,8 +206,10 @@ NAN, INF = float("nan"), float("inf")
         (OptimSpec, {"rsqrt_timescale": 0}),
         *[
             (TrainSpec, {name: 0})
-            for name in ("steps", "epochs", "images", "eval_every", "checkpoint_every", "log_every")
+            for name in ("epochs", "images", "eval_every", "checkpoint_every", "log_every")
         ],
+        (TrainSpec, {"steps": -1}),
+        (OptimSpec, {"rates": (1e-3, 0.0)}),
         *[(TrainSpec, {"epochs": value}) for value in (NAN, INF)],
         (TrainSpec, {"batch_size": 0}),
         (TrainSpec, {"keep": 0}),
@@ -325,7 +327,7 @@ READERS = {
     PreprocessSpec: ["data"],
     DataSpec: ["data", "workflows"],
     AugmentSpec: ["data"],
-    OptimSpec: ["training"],
+    OptimSpec: ["training", "workflows"],
     TrainSpec: ["training", "workflows"],
 }
 

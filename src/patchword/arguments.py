@@ -86,6 +86,9 @@ class EvaluateArguments(_ModelArguments):
     """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
     split: str | None = None
     """train, val, test or all; by default test, else val, else what the run held out, else all"""
+    probe: tyro.conf.UseAppendAction[tuple[Literal["fewshot", "knn", "logistic"], ...]] = ()
+    """instead, measure what the model's features are worth: fewshot, knn or logistic, fitted to the
+    train part without training the model; several, if given several times"""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """what to do with an image that cannot be read"""
 

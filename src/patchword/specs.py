@@ -131,6 +131,9 @@ class OptimSpec:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     """peak learning rate"""
+    rates: tuple[float, ...] = ()
+    """learning rates tried for a short while before the run; that with the lowest loss on the val
+    part becomes --lr"""
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     warmup: float = 0.05
     """steps of linear warm-up; below 1, a share of the run"""
@@ -170,6 +173,9 @@ class OptimSpec:
             _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
         _require(
             0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; it must be in (0, 1]"
+        )
+        _require(
+            all(0 < rate < math.inf for rate in self.rates), f"rates {self.rates} must be positive"
         )
         _require(self.accumulate >= 1, f"accumulate is {self.accumulate}; use 1 or more")
         _require(self.rsqrt_timescale >= 1, "rsqrt_timescale must be 1 or more")
@@ -252,6 +258,9 @@ class TrainSpec:
     `patchword models --pretrained` lists"""
     trust_pickle: bool = _free(False)
     """read --init even if it is a pickle (.pth): for files whose source you trust"""
+    start: Literal["zero", "probe"] = "zero"
+    """the new head: zeros (section 3.2), or a logistic regression on the frozen features, which is
+    measured at once, and kept if training does not better it"""
     image_size: tuple[int, ...] | None = None
     """one side, or height and width, in pixels; by default that of --init, else 224"""
     steps: int | None = None
@@ -290,11 +299,12 @@ class TrainSpec:
         if self.image_size is not None:
             _require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
             _require(min(self.image_size) >= 1, f"image_size is {self.image_size}; use 1 or more")
-        for name in ("steps", "epochs", "images", "eval_every", "checkpoint_every", "log_every"):
+        for name in ("epochs", "images", "eval_every", "checkpoint_every", "log_every"):
             value = getattr(self, name)
             _require(
                 value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive"
             )
+        _require(self.steps is None or self.steps >= 0, f"steps is {self.steps}; use 0 or more")
         _require(-(2**63) <= self.seed < 2**63, f"seed is {self.seed}; it must fit 64 bits")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; use 1 or more")
         _require(self.keep >= 1, f"keep is {self.keep}; use 1 or more")
@@ -338,3 +348,8 @@ def with_length(spec: TrainSpec, base: TrainSpec) -> TrainSpec:
     if given:
         spec = dataclasses.replace(spec, **{n: None for n in LENGTHS if n != given[0]})
     return spec
+
+
+def without_rates(spec: TrainSpec) -> TrainSpec:
+    """`spec` for a learning rate that was given: none are tried."""
+    return dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, rates=()))

@@ -82,10 +82,10 @@ class Run:
         eval_every = _given(spec.eval_every)
         with watch_signals(self.signals), self.live:
             saved = trainer.progress.step
-            if saved == 0 and spec.on_nan == "rollback":
-                self.save()
             self.check_best()
             self.evaluate_if_missed(saved)
+            if saved == 0 and (total == 0 or spec.on_nan == "rollback"):
+                self.save()
             while trainer.progress.step < total:
                 progress = trainer.progress
                 stop = progress.position + total - progress.step
@@ -205,11 +205,12 @@ class Run:
         return forward
 
     def evaluate_if_missed(self, saved: int) -> None:
-        """Make up for an evaluation that a signal cut short before the checkpoint was saved."""
-        progress, every = self.trainer.progress, _given(self.trainer.spec.eval_every)
-        if progress.evaluated < progress.step and due(
-            progress.step, every, _given(self.trainer.spec.steps)
-        ):
+        """Measure a head that is good before any step, and make up for an evaluation that a signal
+        cut short before the checkpoint was saved."""
+        progress, spec = self.trainer.progress, self.trainer.spec
+        wanted = due(progress.step, _given(spec.eval_every), _given(spec.steps))
+        wanted |= progress.step == 0 and spec.start == "probe"
+        if wanted and progress.evaluated < progress.step:
             self.evaluate()
             self.stop_if_asked(saved)
 

@@ -38,6 +38,7 @@ from patchword.training.checkpoint import replace_text
 from patchword.training.optim import span
 from patchword.training.parallel import resolve_device, resolve_precision
 from patchword.training.recipes import Recipe, recipe_spec
+from patchword.training.tuning import trained_names
 from patchword.weights.loading import describe_weights, transfer
 
 logger = logging.getLogger("patchword")
@@ -122,6 +123,12 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
         ),
         division,
     )
+    optim = filled.optim
+    if optim.rates:
+        optim = dataclasses.replace(optim, lr=stored.optim.lr)
+    if filled.start == "probe" and optim.accumulate == 1:
+        optim = dataclasses.replace(optim, accumulate=stored.optim.accumulate)
+    filled = dataclasses.replace(filled, optim=optim)
     if filled.steps is None and stored.steps is not None:
         filled = with_steps(filled, stored.steps)
     changes = differences(filled, stored, free=False)
@@ -151,6 +158,10 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
                 f"--init {spec.init} holds {model}, not {spec.model}; leave out --model, or use "
                 "another --recipe"
             )
+    elif spec.tuning.tune != "all":
+        raise UsageError(
+            f"--tune {spec.tuning.tune} keeps most weights as they are; give some with --init"
+        )
     elif model is None:
         raise UsageError("no model given; use --model ViT-S/16, or --init WEIGHTS")
     else:
@@ -214,7 +225,7 @@ def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
     """The spec with its length in steps, and what depends on it."""
     if span(spec.optim.warmup, steps) == steps > 1:
         logger.warning("the warm-up takes all %d steps; give a shorter --warmup", steps)
-    eval_every = spec.eval_every or math.ceil(steps / 10)
+    eval_every = spec.eval_every or max(1, math.ceil(steps / 10))
     return dataclasses.replace(
         spec,
         steps=steps,
@@ -225,7 +236,8 @@ def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
 
 
 def build_model(spec: TrainSpec, source: Source) -> Model:
-    """The model that a run starts from, a pure function of the resolved spec and the data.
+    """The model that a run starts from, a pure function of the resolved spec and the data. Raises
+    `UsageError` if it has no such parts as are to be trained.
 
     With the sigmoid loss a fresh model's head starts at a bias of -log K, so that every class
     begins improbable, as in the authors' public code (big_vision, vit_i21k).
@@ -247,6 +259,7 @@ def build_model(spec: TrainSpec, source: Source) -> Model:
             torch.nn.init.constant_(model.head.bias, -math.log(count))
     model.preprocess = spec.preprocess.over(model.preprocess)
     model.classes = source.classes
+    trained_names(model, spec.tuning)  # raises before the run starts
     return model
 
 
@@ -333,6 +346,8 @@ def recipe_cost(recipe: Recipe) -> str:
     spec = recipe_spec(recipe.name, "")
     if spec.time is not None:
         return f"{spec.time} of training"
+    if spec.steps == 0:
+        return "one pass over the images"
     images = (spec.steps or 0) * spec.batch_size
     if spec.epochs is not None:
         if recipe.images is None:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 
+from patchword.data.balance import imbalance
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import Division
 from patchword.evaluation.classify import Classification
+from patchword.evaluation.probe import Probe
 from patchword.models.model import Model
 from patchword.models.zoo import exaflops, macs, variant_name
 from patchword.parsing import PatchwordError, UsageError, changed
-from patchword.specs import TrainSpec, seconds, with_length
+from patchword.specs import TrainSpec, with_length, without_rates
 from patchword.training.checkpoint import Checkpoints, replace_text
 from patchword.training.log import Lines, LiveLine
 from patchword.training.loop import Run
@@ -33,11 +32,13 @@ from patchword.training.parallel import (
 )
 from patchword.training.recipes import base_spec, find_recipe
 from patchword.training.trainer import Trainer
+from patchword.training.tuning import trained_count
 from patchword.weights.loading import load_model
 from patchword.weights.pretrained import suggested
 from patchword.workflows import runs
-from patchword.workflows.inputs import Inputs, eval_batch_size
+from patchword.workflows.inputs import Inputs
 from patchword.workflows.reporting import report_run
+from patchword.workflows.starting import memory_explained, settle, start_from_probe
 
 logger = logging.getLogger("patchword")
 FEW_IMAGES = 100_000
@@ -84,6 +85,8 @@ def train(
     else:
         base = base_spec(str(data), recipe, settings.get("init"))
         spec = with_length(changed(base, **settings), base)
+    if "lr" in settings and "rates" not in settings:
+        spec = without_rates(spec)
     console = console or Console(stderr=True, markup=False, emoji=False)
     started = time.monotonic()
     source = open_source(spec.source)
@@ -120,22 +123,22 @@ def _train(
     device = resolve_device(spec.device)
     model = runs.build_model(spec, source)
     inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
-    _say_data(console, source, division)
+    _say_data(console, source, division, spec)
     inputs.fill_cache(console)
-    if spec.steps is None:
-        with _memory_explained(spec):
-            steps = measure_steps(spec, inputs, started, console)
-        spec = runs.with_steps(spec, steps)
-        inputs.spec = spec
-        model = inputs.model = runs.build_model(spec, source)
+    checkpoints = Checkpoints(run, spec.keep)
+    newest = None if fresh else checkpoints.newest()
+    if spec.start == "probe" and newest is None:
+        probe = start_from_probe(inputs, console)
+        if probe is not None:
+            _say_probe(console, probe, division, time.monotonic() - started)
     if fresh:
+        spec = settle(spec, inputs, started, console)
         runs.clear(run)  # only now: a run that cannot start overwrites nothing
         runs.store(run, spec, source, division)
         _say_better(console, spec, source, len(division["train"]))
     _say_cost(console, spec, model, len(division["train"]))
-    trainer = Trainer(model, spec, device, resolve_precision(spec.precision, device))
-    checkpoints = Checkpoints(run, spec.keep)
-    newest = checkpoints.newest()
+    dtype = resolve_precision(spec.precision, device)
+    trainer = Trainer(model, spec, device, dtype, inputs.class_weights())
     if newest is not None:
         trainer.read(*newest)
         console.print(f"resuming from {newest[0]}", highlight=False)
@@ -153,29 +156,32 @@ def _train(
         locate=source.location,
         extra_log=_tensorboard(run, spec, progress.step),
     )
-    with _memory_explained(spec):
+    with memory_explained(spec):
         training.fit()
     return _finish(run, trainer, inputs, console)
 
 
-@contextmanager
-def _memory_explained(spec: TrainSpec) -> Iterator[None]:
-    """Turn the errors of want of memory, the device's or the host's, into one with a remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
-            raise
-        raise PatchwordError(
-            f"out of memory with {spec.batch_size // spec.optim.accumulate} images at a time; "
-            f"use --accumulate {2 * spec.optim.accumulate}, or a smaller --batch-size"
-        ) from error
-
-
-def _say_data(console: Console, source: Source, division: Division) -> None:
+def _say_data(console: Console, source: Source, division: Division, spec: TrainSpec) -> None:
     parts = ", ".join(f"{len(at):,} {part}" for part, at in division.items() if len(at))
     console.print(
         f"data {source.name}: {len(source.classes)} classes, {parts} images", highlight=False
+    )
+    uneven = imbalance(source.labels[division["train"]], source.classes)
+    if uneven is not None:
+        remedies = {
+            "none": "--balance sampler or loss makes up for it",
+            "sampler": "all classes are drawn equally often",
+            "loss": "images of small classes count for more",
+        }
+        console.print(f"{uneven}; {remedies[spec.data.balance]}", highlight=False, soft_wrap=True)
+
+
+def _say_probe(console: Console, probe: Probe, division: Division, taken: float) -> None:
+    part = "val" if len(division["val"]) else "train"
+    console.print(
+        f"head on frozen features: top-1 on {part} {probe.accuracy:.2%} after {taken:.0f} s "
+        f"(logistic regression, l2 {probe.l2:g})",
+        highlight=False,
     )
 
 
@@ -199,62 +205,15 @@ def _say_cost(console: Console, spec: TrainSpec, model: Model, train_images: int
     steps = spec.steps or 0
     images, cost = steps * spec.batch_size, macs(model.spec)
     parameters = sum(p.numel() for p in model.parameters())
+    trained = trained_count(model, spec.tuning)
+    part = "" if trained == parameters else f" of which {trained / 1e6:.3g} M are trained,"
     console.print(
-        f"model {variant_name(model.spec)}: {parameters / 1e6:.2f} M parameters, "
+        f"model {variant_name(model.spec)}: {parameters / 1e6:.2f} M parameters,{part} "
         f"{cost / 1e9:.3g} GMACs an image; {spec.device}, {spec.precision}\n"
         f"{steps:,} steps of {spec.batch_size} = {images:,} images = "
         f"{images / train_images:.1f} epochs, {exaflops(model.spec, images):.3g} exaFLOPs",
         highlight=False,
     )
-
-
-def measure_steps(spec: TrainSpec, inputs: Inputs, started: float, console: Console) -> int:
-    """How many steps fit into `spec.time`, counted from `started` (monotonic seconds).
-
-    Trains for a few seconds on weights that are then thrown away, times the evaluations, and keeps
-    5 % in hand. Raises `PatchwordError` if the time is too short for a step.
-    """
-    budget = seconds(spec.time or "")
-    with console.status(f"measuring how many steps fit into {spec.time}"):
-        trial = runs.with_steps(spec, 1000)
-        dtype = resolve_precision(spec.precision, inputs.device)
-        trainer = Trainer(inputs.model, trial, inputs.device, dtype)
-        pace = _pace(trainer, inputs, min(30.0, 0.03 * budget))
-        evaluations = 0.0
-        rounds = 10 if spec.eval_every is None else int(budget / pace / spec.eval_every) + 1
-        for part, times in (("val", rounds * (2 if spec.optim.average else 1)), ("test", 1)):
-            size = len(inputs.division[part])
-            sample = min(size, 4 * eval_batch_size(inputs.model))
-            if sample:
-                began = time.monotonic()
-                inputs.evaluator(part, sample)(inputs.model.eval())
-                evaluations += times * (time.monotonic() - began) * size / sample
-    left = 0.95 * (budget - (time.monotonic() - started)) - evaluations
-    steps = int(left / pace)
-    if steps < 1:
-        raise PatchwordError(
-            f"--time {spec.time} is too short: preparing and {evaluations:.0f} s of evaluations "
-            "leave nothing to train in; give more time, or a larger --eval-every"
-        )
-    console.print(
-        f"{spec.time}: {steps:,} steps of {pace:.3f} s, {evaluations:.0f} s of evaluation",
-        highlight=False,
-    )
-    return steps
-
-
-def _pace(trainer: Trainer, inputs: Inputs, limit: float) -> float:
-    """Mean seconds per step over at least ten steps and `limit` seconds, after a warm-up."""
-    taken: list[float] = []
-    with closing(inputs.feed(0, 10_000)) as batches:
-        began = mark = time.monotonic()
-        for position, batch in enumerate(batches):
-            trainer.step(*inputs.prepare(batch, position), trainer.spec.optim.lr * 1e-3)
-            taken.append(time.monotonic() - mark)
-            mark = time.monotonic()
-            if len(taken) >= 13 and mark - began >= limit:
-                break
-    return float(np.mean(taken[3:]))
 
 
 def _tensorboard(run: Path, spec: TrainSpec, step: int) -> Callable[[dict[str, Any]], None]:
@@ -287,7 +246,7 @@ def _finish(run: Path, trainer: Trainer, inputs: Inputs, console: Console) -> Tr
         "steps": progress.step,
         "images": progress.step * spec.batch_size,
         "seconds": round(progress.seconds, 2),
-        "images_per_second": round(progress.step * spec.batch_size / progress.seconds, 2),
+        "images_per_second": round(progress.step * spec.batch_size / (progress.seconds or 1), 2),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "gmacs": macs(trainer.model.spec) / 1e9,
         "exaflops": exaflops(trainer.model.spec, progress.step * spec.batch_size),

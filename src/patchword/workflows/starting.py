@@ -1,0 +1,260 @@
+"""What a run finds out before it starts: a head, a batch that fits, a learning rate, its length.
+
+All of it is stored in the run's `config.json`, or is a pure function of what is; a resumed run
+measures nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from patchword.evaluation.probe import Probe, sweep_logistic
+from patchword.features import Features, extract
+from patchword.models.summary import layer_table
+from patchword.models.vit import ViT
+from patchword.parsing import PatchwordError
+from patchword.specs import TrainSpec, seconds
+from patchword.training.optim import learning_rate
+from patchword.training.parallel import resolve_precision
+from patchword.training.trainer import Trainer
+from patchword.workflows import runs
+from patchword.workflows.inputs import Inputs, eval_batch_size
+
+TRIAL_SHARE = 0.04
+"""of the run's time or steps, for each learning rate tried"""
+TRIAL_IMAGES = 512
+"""of the val part, on which the rates are compared"""
+
+
+def settle(spec: TrainSpec, inputs: Inputs, started: float, console: Console) -> TrainSpec:
+    """`spec` with everything that had to be measured on this machine and data; `started` is when
+    the run's time began (monotonic seconds). The inputs' model stays as it is.
+
+    Raises `PatchwordError` if the time is too short, or the memory too small.
+    """
+    inputs.spec = spec
+    if spec.start == "probe":
+        spec = _fitting_batch(inputs, console)
+        inputs.spec = spec
+    with memory_explained(spec):
+        trials = bool(spec.optim.rates) and len(inputs.division["val"]) > 0
+        if spec.steps != 0 and (spec.steps is None or trials):
+            with console.status("measuring the time of a step"):
+                pace = _pace(_trial(inputs, 1000), inputs, _limit(spec))
+            if trials:
+                spec = _chosen_rate(inputs, pace, console)
+                inputs.spec = spec
+            if spec.steps is None:
+                spec = runs.with_steps(spec, _steps_in_time(inputs, pace, started, console))
+    inputs.spec = spec
+    return spec
+
+
+@contextmanager
+def memory_explained(spec: TrainSpec) -> Iterator[None]:
+    """Turn the errors of want of memory, the device's or the host's, into one with a remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_memory(error):
+            raise
+        raise PatchwordError(
+            f"out of memory with {spec.batch_size // spec.optim.accumulate} images at a time; "
+            f"use --accumulate {2 * spec.optim.accumulate}, or a smaller --batch-size"
+        ) from error
+
+
+def _is_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
+
+
+# A head to start from -----------------------------------------------------------------------------
+
+
+def start_from_probe(inputs: Inputs, console: Console) -> Probe | None:
+    """Give the model the head of a logistic regression on its frozen features, its regulariser
+    chosen on the val part: a usable classifier before any training, and a better start for
+    fine-tuning than zeros (Kumar et al., arXiv 2202.10054).
+
+    The features are kept on disk (`features.extract`). Returns None, and changes nothing, where the
+    head is not one linear layer on them.
+    """
+    model, division = inputs.model, inputs.division
+    if model.head is None or (isinstance(model, ViT) and model.pre_logits is not None):
+        return None
+    found: dict[str, Features] = {}
+    with console.status("") as status:
+        for part in ("train", "val"):
+            if len(division[part]):
+                found[part] = extract(
+                    model,
+                    inputs.source,
+                    division[part],
+                    device=inputs.device,
+                    batch_size=eval_batch_size(model),
+                    workers=inputs.workers if len(division[part]) > 256 else 0,
+                    precision=inputs.spec.precision,  # pyright: ignore[reportArgumentType]
+                    on_bad=inputs.spec.data.on_bad_image,
+                    progress=lambda done, total, part=part: status.update(
+                        f"features of {part}: {done:,}/{total:,} images"
+                    ),
+                )
+        status.update("fitting a head to the features")
+        train, val = found["train"], found.get("val", found["train"])
+        probe = sweep_logistic(
+            train.pooled, train.labels, val.pooled, val.labels, len(inputs.source.classes)
+        )
+    with torch.no_grad():
+        model.head.weight.copy_(probe.weight)
+        model.head.bias.copy_(probe.bias)
+    return probe
+
+
+# The batch ---------------------------------------------------------------------------------------
+
+
+def _fitting_batch(inputs: Inputs, console: Console) -> TrainSpec:
+    """The spec with its batch divided into as many parts as the memory needs: on a GPU the first
+    number with which a step works, elsewhere by the activations that a step keeps."""
+    spec = inputs.spec
+    parts = spec.optim.accumulate
+    if inputs.device.type == "cuda":
+        while True:
+            try:
+                _pace(_trial(inputs, 1000), inputs, 0.0, steps=1)
+                break
+            except RuntimeError as error:
+                if not _is_memory(error) or spec.batch_size % (2 * parts):
+                    raise
+            parts *= 2
+            torch.cuda.empty_cache()
+            inputs.spec = spec = _accumulating(spec, parts)
+    else:
+        kept = sum(row.activation_bytes for row in layer_table(inputs.model.spec))
+        size = kept // 2 if spec.precision == "bfloat16" else kept
+        room = 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        while size * spec.batch_size / parts > room and not spec.batch_size % (2 * parts):
+            parts *= 2
+        spec = _accumulating(spec, parts)
+    if parts > 1:
+        console.print(f"batch of {spec.batch_size} in {parts} parts, for want of memory")
+    return spec
+
+
+def _accumulating(spec: TrainSpec, parts: int) -> TrainSpec:
+    return dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, accumulate=parts))
+
+
+# The learning rate -------------------------------------------------------------------------------
+
+
+def _chosen_rate(inputs: Inputs, pace: float, console: Console) -> TrainSpec:
+    """The spec with the learning rate of `optim.rates` whose short run of its own, from the same
+    weights and over the same batches, ends with the lowest loss on the val part."""
+    spec = inputs.spec
+    if spec.steps is None:
+        count = max(5, int(TRIAL_SHARE * seconds(spec.time or "") / pace))
+    else:
+        count = max(5, min(100, int(TRIAL_SHARE * spec.steps)))
+    losses: dict[float, float] = {}
+    for rate in spec.optim.rates:
+        with console.status(f"trying the learning rate {rate:g} for {count} steps"):
+            losses[rate] = _trial_loss(inputs, rate, count)
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise PatchwordError(
+            f"no learning rate of {', '.join(f'{rate:g}' for rate in losses)} gives a finite loss; "
+            "give a lower --lr"
+        )
+    best = min(finite, key=lambda rate: finite[rate])
+    others = ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in losses.items() if rate != best)
+    console.print(
+        f"learning rate {best:g}: val loss {losses[best]:.3f} after {count} steps"
+        + (f", against {others}" if others else ""),
+        highlight=False,
+    )
+    return dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, lr=best))
+
+
+def _trial_loss(inputs: Inputs, rate: float, count: int) -> float:
+    trainer = _trial(inputs, count, rate)
+    with closing(inputs.feed(0, count)) as batches:
+        for position, batch in enumerate(batches):
+            step_rate = learning_rate(position, count, trainer.spec.optim)
+            loss, _ = trainer.step(*inputs.prepare(batch, position), step_rate)
+            if not math.isfinite(loss):
+                return math.inf
+            trainer.progress.step = trainer.progress.position = position + 1
+    return float(inputs.evaluator("val", TRIAL_IMAGES)(trainer.model.eval())["loss"])
+
+
+def _trial(inputs: Inputs, steps: int, rate: float | None = None) -> Trainer:
+    """A trainer of a copy of the model, for a run of so many steps."""
+    spec = runs.with_steps(inputs.spec, steps)
+    if rate is not None:
+        spec = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, lr=rate))
+    dtype = resolve_precision(spec.precision, inputs.device)
+    return Trainer(copy.deepcopy(inputs.model), spec, inputs.device, dtype)
+
+
+# The length --------------------------------------------------------------------------------------
+
+
+def _limit(spec: TrainSpec) -> float:
+    """Seconds to measure the pace for."""
+    return 2.0 if spec.time is None else min(30.0, 0.03 * seconds(spec.time))
+
+
+def _steps_in_time(inputs: Inputs, pace: float, started: float, console: Console) -> int:
+    """How many steps fit into `spec.time`, the evaluations timed on a sample and 5 % in hand.
+
+    Raises `PatchwordError` if the time is too short for a step.
+    """
+    spec = inputs.spec
+    budget = seconds(spec.time or "")
+    evaluations = 0.0
+    rounds = 10 if spec.eval_every is None else int(budget / pace / spec.eval_every) + 1
+    for part, times in (("val", rounds * (2 if spec.optim.average else 1)), ("test", 1)):
+        size = len(inputs.division[part])
+        sample = min(size, 4 * eval_batch_size(inputs.model))
+        if sample:
+            began = time.monotonic()
+            inputs.evaluator(part, sample)(inputs.model.eval())
+            evaluations += times * (time.monotonic() - began) * size / sample
+    left = 0.95 * (budget - (time.monotonic() - started)) - evaluations
+    steps = int(left / pace)
+    if steps < 1:
+        raise PatchwordError(
+            f"--time {spec.time} is too short: preparing and {evaluations:.0f} s of evaluations "
+            "leave nothing to train in; give more time, or a larger --eval-every"
+        )
+    console.print(
+        f"{spec.time}: {steps:,} steps of {pace:.3f} s, {evaluations:.0f} s of evaluation",
+        highlight=False,
+    )
+    return steps
+
+
+def _pace(trainer: Trainer, inputs: Inputs, limit: float, steps: int = 13) -> float:
+    """Mean seconds per step over `steps` steps and `limit` seconds at least, but for the first
+    three."""
+    taken: list[float] = []
+    with closing(inputs.feed(0, 10_000)) as batches:
+        began = mark = time.monotonic()
+        for position, batch in enumerate(batches):
+            trainer.step(*inputs.prepare(batch, position), trainer.spec.optim.lr * 1e-3)
+            taken.append(time.monotonic() - mark)
+            mark = time.monotonic()
+            if len(taken) >= steps and mark - began >= limit:
+                break
+    return float(np.mean(taken[3:] or taken))
