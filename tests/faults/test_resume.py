@@ -38,6 +38,33 @@ def test_stopped_after_every_step(tmp_path, train, stopped_at, state_of, kind, c
     assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
 
 
+TUNINGS = {
+    "lora-float32": {"tune": "lora", "lora_rank": 2},
+    "lora-bfloat16": {"tune": "lora", "precision": "bfloat16", "optimizer": "sgd", "lr": 0.1},
+    "last-float32": {"tune": "last", "last_blocks": 1, "layer_decay": 0.7},
+    "last-bfloat16": {"tune": "last", "last_blocks": 1, "precision": "bfloat16"},
+    "sampler": {"balance": "sampler"},
+    "loss": {"balance": "loss"},
+}
+
+
+@pytest.mark.parametrize("kind", TUNINGS)
+def test_fine_tuning_stopped_after_every_step(tmp_path, train, stopped_at, state_of, kind):
+    train(tmp_path / "start", steps=2)
+    options = {"width": None, "depth": None, "dropout": 0.1}  # those of the start
+    settings = {"init": tmp_path / "start", "recipe": "transfer", "image_size": 16}
+    settings |= options | TUNINGS[kind]
+    train(tmp_path / "whole", **settings)
+    for step in range(1, 10):
+        with pytest.raises(stopped_at(step)):
+            train(tmp_path / "stopped", **settings)
+    train(tmp_path / "stopped", **settings)
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+    plain, _ = load_tensors(find_weights(tmp_path / "stopped"))
+    start, _ = load_tensors(find_weights(tmp_path / "start"))
+    assert plain.keys() == start.keys()
+
+
 def test_stopped_after_every_step_with_workers(tmp_path, train, stopped_at, state_of):
     train(tmp_path / "whole", crop="inception", workers=0)
     for step in range(1, 10):

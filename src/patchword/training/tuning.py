@@ -63,6 +63,16 @@ def adapted_names(model: nn.Module) -> list[str]:
     ]
 
 
+def trained_count(model: Model, tuning: TuneSpec) -> int:
+    """How many numbers are trained."""
+    adapted = set(adapted_names(model)) if tuning.tune == "lora" else set[str]()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return sum(
+        tuning.lora_rank * sum(shapes[name]) if name in adapted else shapes[name].numel()
+        for name in trained_names(model, tuning)
+    )
+
+
 def freeze(model: Model, tuning: TuneSpec) -> None:
     """Let only `trained_names` require gradients: for what lies below the lowest of them, nothing
     is kept in the forward pass and nothing computed in the backward pass. Raises `UsageError`."""
@@ -104,7 +114,7 @@ class Adapters:
         def take(weight: Tensor) -> None:
             gradient = weight.grad
             if gradient is None:
-                return
+                raise RuntimeError(f"{name} has additions of another trainer; load the model anew")
             weight.grad = None
             gradient = gradient.float()
             _add_gradient(down, up.detach().T @ gradient * self.scale)

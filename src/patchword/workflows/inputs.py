@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from patchword.data.balance import class_weights
 from patchword.data.loader import (
     ImageCache,
     Plan,
@@ -49,11 +50,20 @@ class Inputs:
     def __post_init__(self) -> None:
         spec, model = self.spec, self.model
         size, channels = model.spec.image_size, model.spec.in_channels
-        self.plan = Plan(self.division["train"], spec.batch_size, spec.seed)
+        train = self.division["train"]
+        self.labels = self.source.labels[train]
+        balanced = self.labels if spec.data.balance == "sampler" else None
+        self.plan = Plan(train, spec.batch_size, spec.seed, labels=balanced)
         self.transform = TrainTransform(size, channels, model.preprocess, spec.augment)
         self.eval_transform = EvalTransform(size, channels, model.preprocess)
         self.augment = BatchAugment(spec.augment, len(self.source.classes))
         self.workers = spec.workers or 0
+
+    def class_weights(self) -> Tensor | None:
+        """float `[K]`, what the loss of an image counts by its class; None if the same for all."""
+        if self.spec.data.balance != "loss":
+            return None
+        return torch.from_numpy(class_weights(self.labels, len(self.source.classes)))
 
     def fill_cache(self, console: Console) -> None:
         """Decode the images once, if the per-image transform allows it and they fit in memory."""
