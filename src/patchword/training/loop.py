@@ -32,6 +32,10 @@ class TrainingError(PatchwordError):
     """The run stopped because it had to; the message says at which step and what is saved."""
 
 
+class Diverged(TrainingError):
+    """The loss or the gradient norm was not finite."""
+
+
 def due(step: int, every: int, total: int) -> bool:
     """Whether something done every `every` steps, and at the end, is done after `step` updates."""
     return step == total or (step > 0 and step % every == 0)
@@ -297,9 +301,9 @@ class Run:
             f"{self.last_good()}"
         )
         if spec.on_nan == "stop":
-            raise TrainingError(f"{message}; try a lower --lr, or --on-nan rollback")
+            raise Diverged(f"{message}; try a lower --lr, or --on-nan rollback")
         if progress.rollbacks >= 10:
-            raise TrainingError(f"{message}; that was rollback {progress.rollbacks}, giving up")
+            raise Diverged(f"{message}; that was rollback {progress.rollbacks}, giving up")
         newest = self.checkpoints.newest()
         if newest is None:
             raise TrainingError(f"{message}; nothing to roll back to")
