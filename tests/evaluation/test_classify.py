@@ -89,6 +89,13 @@ def brute_force_ece(probability: np.ndarray, labels: np.ndarray, bins: int = 15)
     return float(total)
 
 
+def brute_force_brier(probability: np.ndarray, labels: np.ndarray) -> float:
+    total = 0.0
+    for row, label in zip(probability.tolist(), labels.tolist(), strict=True):
+        total += sum((p - (k == label)) ** 2 for k, p in enumerate(row))
+    return total / len(labels)
+
+
 @pytest.mark.parametrize("classes", [2, 7, 40])
 def test_figures_equal_scikit_learn(classes: int) -> None:
     logits, labels = draw(333, classes, seed=classes)
@@ -102,6 +109,9 @@ def test_figures_equal_scikit_learn(classes: int) -> None:
     assert result.loss == pytest.approx(
         metrics.log_loss(labels, probability, labels=every), abs=1e-9
     )
+    balanced = metrics.balanced_accuracy_score(labels, predicted)
+    assert result.balanced == pytest.approx(balanced, abs=1e-12)
+    assert result.brier == pytest.approx(brute_force_brier(probability, labels), abs=1e-12)
     if classes > 5:
         top5 = metrics.top_k_accuracy_score(labels, probability, k=5, labels=every)
         assert result.top5 == pytest.approx(top5, abs=1e-12)
@@ -212,7 +222,54 @@ def test_sigmoid_loss_and_confidence() -> None:
     ).sum(1)
     assert result.loss == pytest.approx(float(expected.mean()), abs=1e-9)
     np.testing.assert_allclose(result.confidence, wide.amax(1).sigmoid().numpy(), atol=1e-6)
+    assert result.brier == pytest.approx(
+        brute_force_brier(wide.sigmoid().numpy(), labels), abs=1e-12
+    )
     assert result.top1 == classify(logits, labels).top1
+
+
+def test_balanced_accuracy_leaves_absent_classes_out() -> None:
+    logits, labels = draw(60, 6, seed=3)
+    labels = np.where(labels > 3, 0, labels)
+    result = classify(logits, labels)
+    recalls = [(logits.argmax(1) == labels)[labels == k].mean() for k in range(4)]
+    assert result.balanced == pytest.approx(np.mean(recalls), abs=1e-12)
+    assert result.balanced != pytest.approx(result.top1, abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_temperature_divides_the_logits_and_changes_no_label(loss: Any) -> None:
+    logits, labels = draw(80, 5)
+    found = classify(logits, labels, loss=loss, temperature=1.7)
+    wanted = classify(logits.astype(np.float64) / 1.7, labels, loss=loss)
+    plain = classify(logits, labels, loss=loss)
+    for name in ("loss", "ece", "brier"):
+        assert vars(found)[name] == pytest.approx(vars(wanted)[name], abs=1e-5)
+        assert vars(found)[name] != pytest.approx(vars(plain)[name], abs=1e-3)
+    np.testing.assert_allclose(found.confidence, wanted.confidence, atol=1e-6)
+    np.testing.assert_array_equal(found.predicted, plain.predicted)
+    assert (found.top1, found.top5) == (plain.top1, plain.top5)
+
+
+def test_collected_logits_give_the_same_figures_at_any_temperature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masked, bad and padded images included, and in chunks of another size than the batches."""
+    monkeypatch.setattr("patchword.evaluation.classify.CHUNK", 7)
+    logits, labels = draw(50, 5)
+    batches = as_batches(labels, [20, 20, 20], pad=2, bad=[3, 44])
+
+    def evaluator(temperature: float) -> Classify:
+        return Classify(lambda: batches, list("abcde"), torch.Tensor.float, temperature=temperature)
+
+    scores = evaluator(3.0).collect(table_model(logits))
+    assert scores.logits.shape == (48, 5)
+    for temperature in (0.3, 1.0, 3.0):
+        found = evaluator(9.0).at(scores, temperature)
+        wanted = evaluator(temperature).measure(table_model(logits))
+        assert found.to_dict() == wanted.to_dict()
+        assert found.bad == wanted.bad
+        np.testing.assert_array_equal(found.indices, wanted.indices)
 
 
 def test_huge_logits_stay_finite() -> None:
@@ -221,12 +278,15 @@ def test_huge_logits_stay_finite() -> None:
         result = classify(logits, np.array([0, 1]), loss=loss)
         assert result.loss == 0.0
         assert result.ece == 0.0
+        assert result.brier == 0.0
 
 
 def test_json_has_the_same_keys_and_no_nan() -> None:
     logits, labels = draw(3, 9)
     value = json.loads(json.dumps(classify(logits, labels).to_dict(), allow_nan=False))
-    assert list(value) == ["n", "top1", "top5", "loss", "ece", "per_class", "skipped"]
+    assert list(value) == [
+        *("n", "top1", "top5", "balanced", "loss", "ece", "brier", "per_class", "skipped")
+    ]
     assert list(value["per_class"]["c0"]) == ["n", "recall", "precision"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchword import Model, create_model
-from patchword.architecture import PreprocessSpec
+from patchword.architecture import CalibrationSpec, PreprocessSpec
 
 CLASSES = ("cat", "dog", 'Größe [x] "quoted"\n', "")
 
@@ -37,16 +37,35 @@ def scattered() -> Callable[..., Model]:
 
 
 @pytest.fixture
+def calibrated(scattered: Callable[..., Model]) -> Callable[..., Model]:
+    """`scattered`, with a calibration at temperature 1.7."""
+
+    def make(name: str = "ViT-mu/8", size: Any = 32, **options: Any) -> Model:
+        model = scattered(name, size, **options)
+        model.calibration = CalibrationSpec(
+            temperature=1.7,
+            measured_on="9 images (val)",
+            images=9,
+            thresholds=(0.0, 0.5, 0.9),
+            kept=(9, 6, 2),
+            right=(7, 5, 2),
+        )
+        return model
+
+    return make
+
+
+@pytest.fixture
 def same() -> Callable[[Model, Model], bool]:
-    """Whether two models have the same tensors, spec, preprocessing and classes."""
+    """Whether two models have the same tensors, spec, preprocessing, classes and calibration."""
 
     def compare(ours: Model, theirs: Model) -> bool:
         mine, other = ours.state_dict(), theirs.state_dict()
         return (
             mine.keys() == other.keys()
             and all(torch.equal(mine[name], other[name]) for name in mine)
-            and (ours.spec, ours.preprocess, ours.classes)
-            == (theirs.spec, theirs.preprocess, theirs.classes)
+            and (ours.spec, ours.preprocess, ours.classes, ours.calibration)
+            == (theirs.spec, theirs.preprocess, theirs.classes, theirs.calibration)
         )
 
     return compare

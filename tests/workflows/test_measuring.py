@@ -29,16 +29,16 @@ MakePhotos = Callable[..., Path]
 def test_the_fields_of_evaluate_json(finished: Path, photos: Path, as_json: AsJson):
     found = as_json("evaluate", finished, photos, "--workers", 0)
     bound = {"n", "top1", "top5", "loss", "ece", "per_class"}
-    assert found.keys() == bound | {"skipped", "split"}
+    assert found.keys() == bound | {"balanced", "brier", "skipped", "split"}
     assert found["per_class"].keys() == {"blue", "green", "red"}
     for row in found["per_class"].values():
         assert row.keys() == {"n", "recall", "precision"}
     assert sum(row["n"] for row in found["per_class"].values()) == found["n"]
-    for name in ("top1", "top5", "ece"):
+    for name in ("top1", "top5", "balanced", "ece"):
         assert 0 <= found[name] <= 1
     assert found["top5"] == 1  # of three classes
     summary = json.loads((finished / "summary.json").read_text())
-    for name in ("n", "top1", "loss", "ece"):
+    for name in ("n", "top1", "balanced", "loss", "ece", "brier"):
         assert found[name] == pytest.approx(summary[name], rel=1e-6)
 
 
@@ -188,7 +188,8 @@ def test_predict_json(finished: Path, photos: Path, as_json: AsJson):
     assert len(found) == 13
     assert found[-1]["path"] == str(photos / "red" / "00.jpg")
     for row in found:
-        assert row.keys() == {"path", "label", "probability", "top"}
+        assert row.keys() == {"path", "label", "probability", "top", "abstained"}
+        assert row["abstained"] is False
         shares = [entry["probability"] for entry in row["top"]]
         assert [entry.keys() for entry in row["top"]] == [{"label", "probability"}] * 3
         assert shares == sorted(shares, reverse=True)

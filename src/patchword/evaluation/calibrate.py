@@ -34,7 +34,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, probability: Loss = "softmax
     log-likelihood (`sigmoid`: the binary cross-entropy summed over the classes) is convex in
     1 / T; its slope is brought to zero in float64 by Newton's steps in log T, each within a bracket
     that halves where Newton would leave it, until log T moves less than 1e-10. Where no temperature
-    matters, as with equal logits, the answer is 1.
+    matters, as with equal logits or a loss of 0 everywhere, the answer is 1.
     """
     low, high = (-math.log(bound) for bound in reversed(BOUNDS))  # of log 1 / T
     if _slope(logits, labels, probability, low)[0] >= 0:

@@ -12,11 +12,11 @@ import numpy as np
 from rich.console import Console
 
 from patchword import facts
-from patchword.architecture import CalibrationSpec
+from patchword.architecture import CalibrationSpec, Loss
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import hold_out
 from patchword.evaluation.calibrate import BOUNDS, THRESHOLDS, coverage_curve, fit_temperature
-from patchword.evaluation.classify import Classification
+from patchword.evaluation.classify import Classification, Scores
 from patchword.models.model import Model
 from patchword.parsing import PatchwordError, UsageError
 from patchword.specs import Device, Precision
@@ -122,10 +122,9 @@ def calibrate_model(
         for index, reason in scores.bad:
             logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
         if images.role == "fitted":
-            temperature = fit_temperature(scores.logits, scores.labels, net.spec.probability)
+            temperature = _temperature(scores, net.spec.probability)
         before, after = classify.at(scores, 1.0), classify.at(scores, temperature)
         parts.append(Measurement(images.part, images.role, images.why, before, after))
-    _say_doubts(temperature, parts[0])
     net.calibration = _calibration(temperature, parts)
     return Calibrated(net.calibration, tuple(parts), _store(net, place))
 
@@ -206,20 +205,26 @@ def _calibration(temperature: float, parts: list[Measurement]) -> CalibrationSpe
     )
 
 
-def _say_doubts(temperature: float, fitted: Measurement) -> None:
-    if temperature in BOUNDS:
-        cause = (
-            "every image is right" if temperature == BOUNDS[0] else "it is no better than chance"
-        )
+def _temperature(scores: Scores, probability: Loss) -> float:
+    """The one that fits best; 1 where every image is right, and its likelihood would have the model
+    be sure of everything. The log says what is doubtful."""
+    found, images = fit_temperature(scores.logits, scores.labels, probability), len(scores.labels)
+    if found == BOUNDS[0]:
         logger.warning(
-            "the temperature is at its bound, %g: on the images it was fitted on the model leaves "
-            "no other choice (%s); use more images",
-            *(temperature, cause),
+            "all %d images are right, which does not tell how unsure to be: the temperature stays "
+            "1; use more images",
+            images,
         )
-    elif fitted.before.n < FEW_IMAGES:
+        return 1.0
+    if found == BOUNDS[1]:
         logger.warning(
-            "%d images are few to fit a temperature on; expect it to be off", fitted.before.n
+            "the temperature is at its bound, %g: on these images the model is no better than "
+            "chance",
+            found,
         )
+    elif images < FEW_IMAGES:
+        logger.warning("%d images are few to fit a temperature on; expect it to be off", images)
+    return found
 
 
 @dataclass(frozen=True)
