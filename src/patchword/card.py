@@ -48,6 +48,7 @@ def write_model_card(run: Path, *, result: Classification, split: str, reproduce
         ("Training data", _data(about)),
         ("Training procedure", _procedure(about, reproduce)),
         ("Evaluation", _evaluation(result, split)),
+        ("Learning rates and runs", _runs(about)),
         ("How to use", _use(about)),
         ("Environment", _table("Item", about.environment)),
         ("Citation", f"The architecture is that of the Vision Transformer:\n\n{CITATION}"),
@@ -175,6 +176,16 @@ def _evaluation(result: Classification, split: str) -> str:
         f"Measured on {markdown(facts.part(split, result.n))}.\n\n{_table('Figure', rows)}\n\n"
         f"{lead}\n\n| Class | Images | Recall | Precision |\n| --- | ---: | ---: | ---: |\n{table}"
     )
+
+
+def _runs(run: RunFacts) -> str:
+    rows = "\n".join(
+        f"| {name} | {top1} | {on} |"
+        for name, top1, on in facts.sweep_rows(run.summary.get("sweep"))
+    )
+    lead = "The weights, and the figures above, are those of run-0."
+    head = "| Run | Top-1 | Measured on |\n| --- | ---: | --- |"
+    return f"{lead}\n\n{head}\n{rows}" if rows else ""
 
 
 def _use(run: RunFacts) -> str:

@@ -141,6 +141,24 @@ def notes(run: RunFacts, result: Classification, split: str) -> list[str]:
     return found
 
 
+def sweep_rows(found: object) -> list[tuple[str, str, str]]:
+    """(run, top-1, what it was measured on) of a sweep's runs, of the final ones, and of their
+    mean, from `sweep` in the summary; empty for a single run."""
+    sweep = _mapping(found)
+    chosen, split = finite(sweep.get("chosen")), str(sweep.get("split", ""))
+    rows: list[tuple[str, str, str]] = []
+    for rate, row in _mapping(sweep.get("rates")).items():
+        shown = percent(row["top1"]) if row else "loss not finite"
+        mark = ", chosen" if float(rate) == chosen else ""
+        rows.append((f"learning rate {float(rate):g}", shown, f"held-out images{mark}"))
+    for row in sweep.get("runs", []):
+        rows.append((f"{row['run']}, seed {row['seed']}", percent(row["top1"]), split))
+    mean, std = finite(sweep.get("mean")), finite(sweep.get("std"))
+    if mean is not None and std is not None:
+        rows.append(("mean, standard deviation", f"{percent(mean)} \u00b1 {percent(std)}", split))
+    return rows
+
+
 def _note_classes(found: list[str], what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""

@@ -66,6 +66,7 @@ def write_report(
     about = facts.read_run(run)
     said = facts.notes(about, result, split)
     sections = [
+        ("runs", "Learning rates and runs", _runs(about)),
         ("curves", "Training", _curves(about)),
         ("classes", "Classes", _classes(result)),
         ("confusion", "Confusion", _confusion(result)),
@@ -153,6 +154,24 @@ def _headline(run: RunFacts, result: Classification, split: str, warnings: int) 
 {weights}</p>{pill}</div>
 </div>
 <dl class="tiles">{shown}</dl>"""
+
+
+def _runs(run: RunFacts) -> str:
+    """The table of a sweep or of repeated runs; empty for a single run."""
+    rows = facts.sweep_rows(run.summary.get("sweep"))
+    if not rows:
+        return ""
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="number">{escape(top1)}</td>'
+        f"<td>{escape(note)}</td></tr>"
+        for name, top1, note in rows
+    )
+    return (
+        "<p class=muted>The learning rate is chosen on held-out images, the runs after that are "
+        "measured. The weights here, and the figures above and below, are those of run-0.</p>"
+        '<table><thead><tr><th scope="col">Run</th><th scope="col" class="number">Top-1</th>'
+        f'<th scope="col">Measured on</th></tr></thead><tbody>{body}</tbody></table>'
+    )
 
 
 def _curves(run: RunFacts) -> str:

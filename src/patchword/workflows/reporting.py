@@ -16,10 +16,18 @@ from patchword.report import THUMBNAIL, Mistake, write_report
 MISTAKES = 24
 
 
-def report_run(run: Path, model: Model, source: Source, result: Classification, split: str) -> None:
-    """Write `report.html` and `MODEL_CARD.md` into a run directory."""
+def report_run(
+    run: Path,
+    model: Model,
+    source: Source,
+    result: Classification,
+    split: str,
+    flags: str = "",
+) -> None:
+    """Write `report.html` and `MODEL_CARD.md` into a run directory; `flags` are what its command
+    had besides the settings in `config.json`."""
     config, again = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
-    reproduce = f"patchword train --config {config} --out {again}"
+    reproduce = f"patchword train --config {config}{flags} --out {again}"
     write_report(
         run,
         result=result,
