@@ -31,6 +31,10 @@ class TrainArguments(TrainSpec):
     """the run directory, by default runs/DATA-MODEL"""
     overwrite: bool = False
     """delete what is in the run directory and start again"""
+    sweep: bool = False
+    """choose the learning rate among --rates on held-out images, then train on all of train"""
+    runs: int = 1
+    """how often to run, with seeds --seed, --seed + 1, ...: mean and standard deviation"""
     json: bool = False
     """print the result as JSON"""
 

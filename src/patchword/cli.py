@@ -25,6 +25,7 @@ from patchword.arguments import (
     ListArguments,
     ModelsArguments,
     PredictArguments,
+    TrainArguments,
     read,
     read_train,
 )
@@ -33,6 +34,7 @@ from patchword.training.recipes import RECIPES, find_recipe
 from patchword.weights.pretrained import PRETRAINED, find_pretrained
 
 if TYPE_CHECKING:
+    from patchword.specs import TrainSpec
     from patchword.workflows.listing import Variant
     from patchword.workflows.measuring import Prediction
 
@@ -43,10 +45,36 @@ out = Console(markup=False, emoji=False)
 def train(arguments: Sequence[str]) -> int:
     """Train from scratch, or with --init transfer; the same command resumes."""
     args, spec = read_train(arguments)
+    if args.sweep or args.runs != 1:
+        return _sweep(args, spec)
     from patchword.workflows.training_run import train as run
 
     result = run(spec, out=args.out, overwrite=args.overwrite, console=err)
     return _show_run(result.run, result.summary, args.json)
+
+
+def _sweep(args: TrainArguments, spec: TrainSpec) -> int:
+    from patchword.facts import sweep_rows
+    from patchword.workflows.sweeping import sweep
+
+    done = sweep(
+        spec,
+        choose=args.sweep,
+        repeats=args.runs,
+        out=args.out,
+        overwrite=args.overwrite,
+        console=err,
+    )
+    if args.json:
+        out.print_json(data={"run": str(done.run)} | done.to_dict())
+        return 0
+    table = _table("run", "top-1", "measured on")
+    for row in sweep_rows(done.to_dict()):
+        table.add_row(*row)
+    out.print(table)
+    for name, value in {"weights": done.run, "report": done.run / "report.html"}.items():
+        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _show_run(run: Path, summary: dict[str, Any], as_json: bool) -> int:
