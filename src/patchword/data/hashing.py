@@ -35,6 +35,14 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return small.convert("L")
 
 
+def contrast(thumbs: np.ndarray) -> np.ndarray:
+    """Standard deviation of the grey values, float32 `[N]`, of thumbnails, uint8 `[N, 32, 32]`."""
+    spread = np.zeros(len(thumbs), np.float32)
+    for start in range(0, len(thumbs), _BLOCK):
+        spread[start : start + _BLOCK] = thumbs[start : start + _BLOCK].std(axis=(1, 2))
+    return spread
+
+
 def perceptual_hashes(thumbs: np.ndarray) -> np.ndarray:
     """uint64 `[N]` of thumbnails, uint8 `[N, 32, 32]`.
 
@@ -108,7 +116,7 @@ def near_pairs(thumbs: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     Hashes at most `bits` apart propose a pair; correlations of grey values and of edges decide.
     Blank images are in no pair.
     """
-    shown = np.flatnonzero(thumbs.std(axis=(1, 2)) >= BLANK)
+    shown = np.flatnonzero(contrast(thumbs) >= BLANK)
     hashes = perceptual_hashes(thumbs[shown])
     least = max(LEAST_EDGES, _alike_by_chance(thumbs[shown]))
     pairs, likeness = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)]

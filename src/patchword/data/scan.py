@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -49,13 +50,20 @@ class Scan:
     """`FACTS` `[N]`; zeros where an image is bad"""
     bad: dict[int, str]
     """position in the source -> why it cannot be read, by rising position"""
+    gone: frozenset[int] = frozenset()
+    """positions of images that were set aside since"""
 
-    @property
+    @cached_property
     def good(self) -> np.ndarray:
         """int64 positions of the images that can be read, rising."""
         keep = np.ones(len(self.facts), np.bool_)
-        keep[list(self.bad)] = False
+        keep[[*self.bad, *self.gone]] = False
         return np.flatnonzero(keep)
+
+    def without(self, positions: Iterable[int]) -> Scan:
+        """The same of the other images."""
+        gone = self.gone | set(positions)
+        return Scan(self.facts, {i: why for i, why in self.bad.items() if i not in gone}, gone)
 
 
 def scan(
@@ -105,7 +113,7 @@ def _examine(data: bytes | np.ndarray, channels: int, row: np.void) -> None:
     image = decode(data, channels)
     shape = f"{image.width} x {image.height} {image.mode} "
     row["pixels"] = hashlib.sha256(shape.encode() + image.tobytes()).digest()
-    row["thumb"] = thumbnail(image)
+    row["thumb"] = np.asarray(thumbnail(image))
     row["width"], row["height"] = image.size
     if isinstance(data, np.ndarray):
         row["file"] = row["pixels"]
@@ -115,7 +123,7 @@ def _examine(data: bytes | np.ndarray, channels: int, row: np.void) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-            row["format"] = header.format
+            row["format"] = header.format or ""
             row["kind"] = KINDS.index(_kind(header))
             row["turned"] = exif_orientation(header) != 1
             row["animated"] = header.format not in ("JPEG", "MPO") and _animated(header)
@@ -132,9 +140,10 @@ def _kind(header: Image.Image) -> str:
 
 def _deep(header: Image.Image) -> bool:
     """Whether a file of more than one channel has 16 bits in each; Pillow opens it as 8 bits."""
-    if header.format not in ("PNG", "TIFF") or not header.tile:
+    tiles = getattr(header, "tile", None)
+    if header.format not in ("PNG", "TIFF") or not tiles:
         return False
-    arguments = header.tile[0][3]
+    arguments = tiles[0][3]
     layout = arguments[0] if isinstance(arguments, tuple) else arguments
     return ";16" in str(layout)
 
