@@ -132,6 +132,34 @@ class CalibrateArguments(_ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckArguments:
+    """Find what is wrong with a data set: unreadable images, copies and near copies, also between
+    train and test, classes with alike names or few images, unusual images. Exit code 1 if there are
+    errors."""
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    fix: bool = False
+    """move unreadable files and surplus copies of a folder to DATA.set-aside/, deleting nothing"""
+    undo: bool = False
+    """bring back what --fix has moved"""
+    near: int = 10
+    """bits of 64 that the perceptual hashes of near duplicates may differ in, 0 to 15"""
+    workers: int | None = None
+    """processes that read images; by default one per core, none for a few images"""
+    json: bool = False
+    """print the result as JSON"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers is {self.workers}; use 0 or more")
+        if self.fix and self.undo:
+            raise UsageError("--fix and --undo are opposites; give one of them")
+        return {name: vars(self)[name] for name in ("data", "fix", "near", "workers")}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertArguments:
     """Write weights in another format, and compare what the model says before and after."""
 

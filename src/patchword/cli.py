@@ -18,6 +18,7 @@ from rich.table import Column, Table
 
 from patchword.arguments import (
     CalibrateArguments,
+    CheckArguments,
     ConvertArguments,
     DemoArguments,
     DoctorArguments,
@@ -35,6 +36,7 @@ from patchword.weights.pretrained import PRETRAINED, find_pretrained
 
 if TYPE_CHECKING:
     from patchword.specs import TrainSpec
+    from patchword.workflows.checking import Checked
     from patchword.workflows.listing import Variant
     from patchword.workflows.measuring import Prediction
 
@@ -235,6 +237,46 @@ def demo(arguments: Sequence[str]) -> int:
     return _show_run(result.run, result.summary, args.json)
 
 
+def check(arguments: Sequence[str]) -> int:
+    """What is wrong with a data set: damage, copies, leakage, labels."""
+    args = read(CheckArguments, arguments, "check")
+    settings = args.settings()
+    from patchword.workflows import checking
+
+    if args.undo:
+        back = checking.undo(args.data)
+        if args.json:
+            out.print_json(data={"brought_back": [move.path for move in back]})
+        else:
+            out.print(f"brought back {len(back):,} files", highlight=False)
+        return 0
+    done = checking.check(**settings, console=err)
+    if args.json:
+        out.print_json(data=done.to_dict())
+    else:
+        _show_check(done)
+    return 1 if done.count("error") else 0
+
+
+def _show_check(done: Checked) -> None:
+    if done.moved:
+        moved = f"moved {len(done.moved):,} files to {done.aside}; --undo brings them back"
+        out.print(moved, highlight=False, soft_wrap=True)
+    if done.findings:
+        table = _table("", "finding", "how many", "examples", "what to do", whole=("", "how many"))
+        for finding in done.findings:
+            examples = [" = ".join(item.names[:3]) for item in finding.items[:3]]
+            about = [f" ({item.about})" if item.about else "" for item in finding.items]
+            shown = "\n".join(a + b for a, b in zip(examples, about, strict=False))
+            row = (finding.what, f"{finding.count:,}", shown, finding.advice)
+            table.add_row(finding.severity, *row, end_section=True)
+        out.print(table)
+    counts = [f"{done.count(kind)} {kind}s" for kind in ("error", "warning", "note")]
+    found = f"found {', '.join(counts)}" if done.findings else "found nothing wrong"
+    about = f"{done.images:,} images of {len(done.source.classes):,} classes: {found}"
+    out.print(about, highlight=False, soft_wrap=True)
+
+
 def convert(arguments: Sequence[str]) -> int:
     """Weights to another library's format and back."""
     args = read(ConvertArguments, arguments, "convert")
@@ -377,6 +419,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "check": check,
     "calibrate": calibrate,
     "convert": convert,
     "models": models,
