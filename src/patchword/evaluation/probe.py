@@ -1,7 +1,7 @@
-"""What frozen features are worth: few-shot least squares, nearest neighbours, logistic regression.
+"""Probes of frozen features: nearest neighbours, and logistic regression.
 
 Arrays in, numbers out; all arithmetic is float64 on the features' device. Features are `[N, D]` of
-any float dtype, labels int64 `[N]` in [0, classes). The linear probes give `weight [K, D]` and
+any float dtype, labels int64 `[N]` in [0, classes). Linear probes give `weight [K, D]` and
 `bias [K]` for raw features, with the standardisation folded in:
 `logits = features @ weight.T + bias`.
 """
@@ -9,166 +9,28 @@ any float dtype, labels int64 `[N]` in [0, classes). The linear probes give `wei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from patchword.data.seeding import derived_seed
+from patchword.evaluation.linear import (
+    CHUNK,
+    accuracy,
+    check_labels,
+    chunks,
+    cross_entropy,
+    fold,
+    moments,
+)
 from patchword.parsing import PatchwordError
 
-EPSILON = 1e-5
-"""Added to standard deviations (big_vision, evaluators/fewshot_lsr.py)."""
-L2, BIAS = 2.0**10, 100.0
-"""Regulariser and constant feature of the few-shot probe, as there."""
-SHOTS = (1, 5, 10, 25)
 NEIGHBOURS = (10, 20)
 GRID = tuple(10.0**power for power in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -4, -5))
 """Regularisers that `sweep_logistic` tries, strongest first."""
 SWEEP_TOLERANCE = 1e-5
 """Gradient along each axis at which the fits of a sweep end; accuracies do not move below it."""
-CHUNK = 8192
-"""Rows that are worked on at a time, in float64."""
-
-
-def accuracy(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> float:
-    """Share of the images whose true class has the highest logit of `features @ weight.T + bias`;
-    of equal logits the first counts."""
-    right = 0
-    for rows, part in _chunks(features):
-        logits = torch.addmm(bias, part, weight.T)
-        right += int((logits.argmax(1) == labels[rows]).sum())
-    return right / len(labels)
-
-
-# Least squares ------------------------------------------------------------------------------------
-
-
-def fit_least_squares(
-    features: Tensor, labels: Tensor, classes: int, *, l2: float = L2, bias: float = BIAS
-) -> tuple[Tensor, Tensor]:
-    """Regularised least squares to {-1, 1} targets in closed form (section 4.1): `weight [K, D]`
-    and `bias [K]` for raw features, float64.
-
-    As in the authors' public code (big_vision, evaluators/fewshot_lsr.py): features less their
-    mean, over their standard deviation + 1e-5; a constant feature of value `bias`, whose weight is
-    regularised like the others; minimises |XW - Y|^2 + l2 |W|^2, sums over the images. Solved by
-    Cholesky in the smaller of the primal (D + 1 unknowns a class) and the dual (N). Raises
-    `PatchwordError` if there are no images, or labels beyond the classes.
-    """
-    _check_labels(features, labels, classes)
-    mean, std = _moments(features)
-    if len(features) > features.shape[1]:
-        solution = _primal(features, labels, classes, mean, std, l2, bias)
-    else:
-        solution = _dual(features, labels, classes, mean, std, l2, bias)
-    return _fold(solution[:, :-1], bias * solution[:, -1], mean, std)
-
-
-def _primal(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    mean: Tensor,
-    std: Tensor,
-    l2: float,
-    bias: float,
-) -> Tensor:
-    """`[K, D + 1]` by (X'X + l2 I) W = X'Y. X is formed in pieces only."""
-    size = features.shape[1] + 1
-    gram = features.new_zeros(size, size, dtype=torch.float64)
-    sums = features.new_zeros(classes, size, dtype=torch.float64)
-    for rows, part in _chunks(features):
-        part = _extended(part, mean, std, bias)
-        gram.addmm_(part.T, part)
-        sums.index_add_(0, labels[rows], part)
-    gram.diagonal().add_(l2)
-    targets = 2 * sums - sums.sum(0)  # X'Y of targets -1 and 1
-    return torch.cholesky_solve(targets.T, torch.linalg.cholesky(gram)).T
-
-
-def _dual(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    mean: Tensor,
-    std: Tensor,
-    l2: float,
-    bias: float,
-) -> Tensor:
-    """`[K, D + 1]` by W = X' (XX' + l2 I)^-1 Y."""
-    inputs = _extended(features.double(), mean, std, bias)
-    gram = inputs @ inputs.T
-    gram.diagonal().add_(l2)
-    targets = 2 * torch.nn.functional.one_hot(labels, classes).double() - 1
-    return torch.cholesky_solve(targets, torch.linalg.cholesky(gram)).T @ inputs
-
-
-def few_shot(
-    support: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    classes: int,
-    *,
-    l2: float = L2,
-    bias: float = BIAS,
-) -> float:
-    """Accuracy on `queries` of `fit_least_squares` on `support`."""
-    weight, offset = fit_least_squares(support, labels, classes, l2=l2, bias=bias)
-    return accuracy(weight, offset, queries, query_labels)
-
-
-@dataclass(frozen=True)
-class FewShot:
-    """Few-shot accuracy for one number of images a class, as fractions."""
-
-    mean: float
-    std: float
-    """over the seeds, with n - 1; 0 for one seed"""
-    per_seed: tuple[float, ...]
-    short: int
-    """classes that have fewer images than asked for, and give all of theirs"""
-
-
-def few_shot_accuracies(
-    features: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    classes: int,
-    *,
-    shots: Sequence[int] = SHOTS,
-    seeds: int = 3,
-    l2: float = L2,
-    bias: float = BIAS,
-) -> dict[int, FewShot]:
-    """shots -> accuracy of `few_shot` with that many images of each class as support.
-
-    A seed orders the images of each class; the first of them are the support, so that more shots
-    add to fewer, as in the authors' code.
-    """
-    numbers = labels.cpu().numpy()
-    counts = np.bincount(numbers, minlength=classes)
-    found: dict[int, list[float]] = {shot: [] for shot in shots}
-    for seed in range(seeds):
-        rng = np.random.default_rng(derived_seed(seed, "few-shot"))
-        orders = [rng.permutation(np.flatnonzero(numbers == k)) for k in range(classes)]
-        for shot in shots:
-            chosen = torch.from_numpy(np.concatenate([order[:shot] for order in orders]))
-            part = (features[chosen], labels[chosen])
-            found[shot].append(few_shot(*part, queries, query_labels, classes, l2=l2, bias=bias))
-    return {
-        shot: FewShot(
-            mean=float(np.mean(values)),
-            std=float(np.std(values, ddof=1)) if seeds > 1 else 0.0,
-            per_seed=tuple(values),
-            short=int((counts < shot).sum()),
-        )
-        for shot, values in found.items()
-    }
 
 
 # Nearest neighbours -------------------------------------------------------------------------------
@@ -190,7 +52,7 @@ def knn(
     known = torch.nn.functional.normalize(support.double(), dim=1)
     classes, most = int(labels.max()) + 1, min(max(k), len(support))
     found: dict[int, list[Tensor]] = {count: [] for count in k}
-    for _, part in _chunks(queries, max(1, min(CHUNK, (1 << 25) // len(support)))):
+    for _, part in chunks(queries, max(1, min(CHUNK, (1 << 25) // len(support)))):
         similarity = torch.nn.functional.normalize(part, dim=1) @ known.T
         values, places = similarity.topk(most, dim=1)  # nearest first
         # the same factor for all votes of a query keeps exp in range
@@ -213,8 +75,9 @@ def fit_logistic(
     Minimises the mean cross-entropy + l2 / 2 |W|^2, where W are the weights for standardised
     features (less their mean, over their standard deviation + 1e-5); the biases are free. That is
     scikit-learn's C = 1 / (N l2). A class without images gets no weights and a bias that leaves it
-    at most e^-10 of the most probable class. Raises `PatchwordError` if there are no images, labels
-    beyond the classes, or l2 is not above 0.
+    at most e^-10 of the most probable class. Solved by L-BFGS to a gradient of 1e-8 or what float64
+    allows: probabilities are exact to 1e-5, to 5e-4 where l2 is 1e-4 and the optimum flat. Raises
+    `PatchwordError` if there are no images, labels beyond the classes, or l2 is not above 0.
     """
     problem = _Logistic(features, labels, classes)
     return problem.fold(problem.solve(l2))
@@ -253,7 +116,7 @@ def sweep_logistic(
     Each fit starts from the one before, strongest regulariser first. The path ends early where
     four in a row were no better than the best in accuracy and worse in loss.
     """
-    _check_labels(val_features, val_labels, classes)
+    check_labels(val_features, val_labels, classes)
     problem = _Logistic(features, labels, classes)
     table: list[tuple[float, float, float]] = []
     start: Tensor | None = None
@@ -273,15 +136,6 @@ def sweep_logistic(
     return Probe(*head, *chosen, table=tuple(table))
 
 
-def cross_entropy(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> float:
-    """Mean softmax cross-entropy of `features @ weight.T + bias`."""
-    total = 0.0
-    for rows, part in _chunks(features):
-        logits = torch.addmm(bias, part, weight.T)
-        total += float(torch.nn.functional.cross_entropy(logits, labels[rows], reduction="sum"))
-    return total / len(labels)
-
-
 class _Logistic:
     """Logistic regression on the principal axes of the standardised features.
 
@@ -293,7 +147,7 @@ class _Logistic:
     """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
-        _check_labels(features, labels, classes)
+        check_labels(features, labels, classes)
         self.classes = classes
         counts = torch.bincount(labels, minlength=classes)
         self.present = counts.nonzero()[:, 0]
@@ -301,9 +155,9 @@ class _Logistic:
         place[self.present] = torch.arange(len(self.present), device=labels.device)
         self.labels = place[labels]
         self.share = counts[self.present].double() / len(labels)
-        self.mean, self.std = _moments(features)
+        self.mean, self.std = moments(features)
         self.axes, self.values = _principal_axes(features, self.mean, self.std)
-        parts = [((x - self.mean) / self.std) @ self.axes for _, x in _chunks(features)]
+        parts = [((x - self.mean) / self.std) @ self.axes for _, x in chunks(features)]
         self.inputs = torch.cat(parts)  # [N, R]
 
     def start(self) -> Tensor:
@@ -342,7 +196,7 @@ class _Logistic:
         weight, bias = parameters[:, :-1], parameters[:, -1]
         gradient = torch.zeros_like(parameters)
         total = parameters.new_zeros(())
-        for rows, part in _chunks(self.inputs):
+        for rows, part in chunks(self.inputs):
             logs = torch.addmm(bias, part, weight.T).log_softmax(1)
             target = self.labels[rows, None]
             total -= logs.gather(1, target).sum()
@@ -361,60 +215,16 @@ class _Logistic:
         # The logits of the classes present sum to 0, so the highest is 0 or more.
         bias = torch.full_like(weight[:, 0], -10.0)
         bias[self.present] = parameters[:, -1]
-        return _fold(weight, bias, self.mean, self.std)
+        return fold(weight, bias, self.mean, self.std)
 
 
 def _principal_axes(features: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Axes `[D, R]` along which standardised features vary, and their variances `[R]`."""
     size = features.shape[1]
     gram = mean.new_zeros(size, size)
-    for _, part in _chunks(features):
+    for _, part in chunks(features):
         part = (part - mean) / std
         gram.addmm_(part.T, part)
     values, axes = torch.linalg.eigh(gram / len(features))
     kept = values > 1e-12 * max(1.0, float(values[-1]))
     return axes[:, kept].contiguous(), values[kept]
-
-
-# What they share ----------------------------------------------------------------------------------
-
-
-def _chunks(features: Tensor, size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
-    """The rows in pieces, in float64."""
-    for start in range(0, len(features), size):
-        rows = slice(start, start + size)
-        yield rows, features[rows].double()
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (with n) + 1e-5 of each feature, in two passes."""
-    mean = features.new_zeros(features.shape[1], dtype=torch.float64)
-    for _, part in _chunks(features):
-        mean += part.sum(0) / len(features)
-    variance = torch.zeros_like(mean)
-    for _, part in _chunks(features):
-        variance += (part - mean).square_().sum(0) / len(features)
-    return mean, variance.sqrt() + EPSILON
-
-
-def _extended(part: Tensor, mean: Tensor, std: Tensor, bias: float) -> Tensor:
-    """Standardised, with the constant feature last."""
-    return torch.nn.functional.pad((part - mean) / std, (0, 1), value=bias)
-
-
-def _fold(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and biases for standardised features as those for raw ones."""
-    weight = weight / std
-    return weight, bias - weight @ mean
-
-
-def _check_labels(features: Tensor, labels: Tensor, classes: int) -> None:
-    if not len(features) or len(features) != len(labels):
-        raise PatchwordError(
-            f"{len(features)} images with {len(labels)} labels; a probe needs one label an image, "
-            "and images to learn from"
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise PatchwordError(
-            f"labels from {int(labels.min())} to {int(labels.max())} do not fit {classes} classes"
-        )

@@ -17,15 +17,9 @@ from rich.console import Console
 from patchword.data.loader import OnBad
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import divide
-from patchword.evaluation.probe import (
-    SHOTS,
-    FewShot,
-    Probe,
-    accuracy,
-    few_shot_accuracies,
-    knn,
-    sweep_logistic,
-)
+from patchword.evaluation.fewshot import SHOTS, FewShot, few_shot_accuracies
+from patchword.evaluation.linear import accuracy
+from patchword.evaluation.probe import Probe, knn, sweep_logistic
 from patchword.features import Features, extract
 from patchword.models.model import Model
 from patchword.parsing import PatchwordError, UsageError, nearest
