@@ -32,6 +32,7 @@ from patchword.specs import (
     OptimSpec,
     PreprocessOptions,
     TrainSpec,
+    TuneSpec,
     seconds,
     with_length,
 )
@@ -204,6 +205,10 @@ NAN, INF = float("nan"), float("inf")
         ],
         (OptimSpec, {"accumulate": 0}),
         (OptimSpec, {"rsqrt_timescale": 0}),
+        *[(OptimSpec, {"layer_decay": value}) for value in (0.0, 1.1, NAN)],
+        (TuneSpec, {"last_blocks": -1}),
+        (TuneSpec, {"lora_rank": 0}),
+        *[(TuneSpec, {"lora_alpha": value}) for value in (0.0, NAN, INF)],
         *[
             (TrainSpec, {name: 0})
             for name in ("epochs", "images", "eval_every", "checkpoint_every", "log_every")
@@ -305,7 +310,7 @@ def test_changed_finds_names_in_groups():
 def test_names_within_the_groups_are_unique():
     """`changed` and the flags find them without their group."""
     names = [f.name for f in dataclasses.fields(TrainSpec)]
-    for group in (ModelOptions, PreprocessSpec, DataSpec, AugmentSpec, OptimSpec):
+    for group in (ModelOptions, PreprocessSpec, DataSpec, AugmentSpec, OptimSpec, TuneSpec):
         names += [f.name for f in dataclasses.fields(group)]
     assert len(set(names)) == len(names)
 
@@ -328,6 +333,7 @@ READERS = {
     DataSpec: ["data", "workflows"],
     AugmentSpec: ["data"],
     OptimSpec: ["training", "workflows"],
+    TuneSpec: ["training"],
     TrainSpec: ["training", "workflows"],
 }
 
