@@ -218,6 +218,8 @@ def test_the_headline_and_the_tables_show_the_measured_figures(
         f"{100 * result.top5:.2f} %",
         f"{result.loss:.4f}",
         f"{100 * result.ece:.2f} %",
+        f"{100 * result.balanced:.2f} %",
+        f"{result.brier:.4f}",
         "averaged weights, step 200",
         "5,717,416",
         "1 min 11 s",
@@ -340,6 +342,8 @@ def test_the_model_card_carries_the_measured_figures(tmp_path: Path) -> None:
     assert values["Top-1 accuracy"] == pytest.approx(result.top1, abs=1e-6)
     assert values["Loss"] == pytest.approx(result.loss, abs=1e-6)
     assert values["Expected calibration error"] == pytest.approx(result.ece, abs=1e-6)
+    assert values["Balanced accuracy"] == pytest.approx(result.balanced, abs=1e-6)
+    assert values["Brier score"] == pytest.approx(result.brier, abs=1e-6)
     titles = re.findall(r"^## (.+)$", card, re.MULTILINE)
     assert titles == [
         "Model details",

@@ -9,6 +9,7 @@ from patchword.training.checkpoint import (
     Checkpoints,
     damage,
     link,
+    replace_file,
     replace_text,
     write_folder,
     write_text,
@@ -144,6 +145,22 @@ def test_links_are_relative_and_replaced(tmp_path):
         link(tmp_path / "link", tmp_path / name)
         assert (tmp_path / "link").readlink().name == name
         assert not (tmp_path / "link").readlink().is_absolute()
+
+
+def test_a_file_is_replaced_and_the_folder_stays_whole(tmp_path):
+    folder = tmp_path / "best-1"
+    write_folder(folder, writer("1"))
+    replace_file(folder / "a.txt", lambda path: replace_text(path, "2"))
+    assert (folder / "a.txt").read_text() == "2"
+    assert damage(folder) is None
+    assert names(folder) == ["a.txt", "manifest.json", "state.json"]
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(folder / "a.txt", full)
+    assert damage(folder) is None
 
 
 def test_text_is_replaced_whole(tmp_path):
