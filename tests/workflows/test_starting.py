@@ -1,0 +1,195 @@
+"""What a run from weights finds out by itself before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import patchword
+from patchword import UsageError, load_model
+from patchword.data.sources import open_source
+from patchword.data.splits import load_division
+from patchword.evaluation.probe import sweep_logistic
+from patchword.features import extract
+from patchword.parsing import Interrupted, parse
+from patchword.specs import TrainSpec
+from patchword.training.log import read_lines
+from patchword.training.loop import Run
+from patchword.workflows import starting
+
+Command = Callable[..., tuple[int, str, str]]
+SETTINGS: dict[str, Any] = {"batch_size": 8, "workers": 0, "precision": "float32"}
+
+
+def config(run: Path) -> TrainSpec:
+    return parse(TrainSpec, json.loads((run / "config.json").read_text()))
+
+
+@pytest.fixture
+def train(finished: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """`train(run, **changes)`: a short run from the weights of another, without a report."""
+    monkeypatch.setattr("patchword.workflows.training_run.report_run", lambda *_: None)
+    settings = SETTINGS | {"init": finished, "val_fraction": 0.2}
+    return lambda run, **changes: patchword.train(photos, out=run, **settings | changes)
+
+
+def test_a_head_alone_is_the_logistic_regression(train: Any, photos: Path, tmp_path: Path):
+    """Of the features of the train part, with the regulariser that is best on val."""
+    result = train(tmp_path / "run", recipe="head")
+    assert (result.summary["steps"], result.summary["best_step"]) == (0, 0)
+    model, source = load_model(tmp_path / "run"), open_source(str(photos))
+    division = load_division(tmp_path / "run" / "splits.json", source)
+    parts = [
+        extract(model, source, division[part], device="cpu", cache=False)
+        for part in ("train", "val")
+    ]
+    probe = sweep_logistic(*((p.pooled, p.labels)[i] for p in parts for i in (0, 1)), 3)
+    assert model.head is not None
+    torch.testing.assert_close(model.head.weight.double(), probe.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.head.bias.double(), probe.bias, rtol=1e-4, atol=1e-5)
+    assert result.summary["best_val_top1"] == pytest.approx(probe.accuracy)
+    (line,) = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    assert (line["step"], line["top1"]) == (0, pytest.approx(probe.accuracy))
+
+
+def test_training_never_returns_less_than_the_head(train: Any, tmp_path: Path):
+    """A learning rate that destroys the weights: the best are those of step 0."""
+    result = train(tmp_path / "run", steps=3, optimizer="sgd", lr=1e3, clip=0.0)
+    lines = read_lines(tmp_path / "run" / "evaluations.jsonl")
+    assert lines[0]["step"] == 0
+    assert result.summary["best_val_top1"] == max(line["top1"] for line in lines)
+    assert result.summary["best_step"] == max(
+        line["step"] for line in lines if line["top1"] == result.summary["best_val_top1"]
+    )
+
+
+def test_the_rate_with_the_lowest_loss_is_taken(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    losses = {1e-4: 0.4, 1e-3: 0.2, 1e-2: float("nan")}
+    tried: list[tuple[float, int]] = []
+
+    def loss(inputs: Any, rate: float, count: int) -> float:
+        tried.append((rate, count))
+        return losses[rate]
+
+    monkeypatch.setattr(starting, "_trial_loss", loss)
+    train(tmp_path / "run", steps=200, rates=tuple(losses), eval_every=200)
+    assert tried == [(rate, 8) for rate in losses]
+    spec = config(tmp_path / "run")
+    assert spec.optim.lr == 1e-3
+    assert max(line["lr"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")) <= 1e-3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "learning rate 0.001: val loss 0.200 after 8 steps, against 0.400 at 0.0001" in said
+    tried.clear()
+    assert train(tmp_path / "run", steps=200, rates=tuple(losses), eval_every=200).result is None
+    with pytest.raises(UsageError, match=r"optim\.rates"):
+        train(tmp_path / "run", steps=200, rates=(1e-4, 1e-3), eval_every=200)
+    assert not tried
+
+
+def test_trials_are_real_and_leave_the_model_as_it_is(train: Any, tmp_path: Path):
+    train(tmp_path / "tried", steps=4, rates=(3e-4, 1e-2))
+    chosen = config(tmp_path / "tried").optim.lr
+    assert chosen in (3e-4, 1e-2)
+    train(tmp_path / "given", steps=4, lr=chosen)
+    tried, given = (load_model(tmp_path / name / "last") for name in ("tried", "given"))
+    for name, value in tried.state_dict().items():
+        assert torch.equal(value, given.state_dict()[name]), name
+
+
+def test_a_given_rate_is_not_tried_against_others(
+    train: Any, tmp_path: Path, photos: Path, finished: Path, command: Command
+):
+    train(tmp_path / "python", steps=1, lr=5e-4)
+    words = ["train", photos, "--init", finished, "--steps", 1, "--lr", 5e-4]
+    words += ["--batch-size", 8, "--workers", 0, "--out", tmp_path / "shell"]
+    code, _, err = command(*words)
+    assert code == 0, err
+    for run in ("python", "shell"):
+        optim = config(tmp_path / run).optim
+        assert (optim.lr, optim.rates) == (5e-4, ())
+
+
+def test_a_config_brings_the_rate_that_was_chosen(train: Any, tmp_path: Path, command: Command):
+    train(tmp_path / "first", steps=2)
+    words = ["train", photos_of(tmp_path / "first"), "--config", tmp_path / "first" / "config.json"]
+    code, _, err = command(*words, "--out", tmp_path / "second")
+    assert code == 0, err
+    first, second = config(tmp_path / "first").optim, config(tmp_path / "second").optim
+    assert len(first.rates) == 3
+    assert (second.lr, second.rates) == (first.lr, ())
+
+
+def photos_of(run: Path) -> str:
+    return config(run).source
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_stopped_run_goes_on_with_what_was_found(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    """To the same bits, also where it was stopped before the first checkpoint was due."""
+    settings = {"steps": 6, "checkpoint_every": 2, "eval_every": 3}
+    train(tmp_path / "whole", **settings)
+    show = Run.show
+
+    def die(self: Run, *args: Any) -> None:
+        show(self, *args)
+        if self.trainer.progress.step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "show", die)
+        with pytest.raises((KeyboardInterrupt, Interrupted)):
+            train(tmp_path / "cut", lr=config(tmp_path / "whole").optim.lr, **settings)
+    train(tmp_path / "cut", lr=config(tmp_path / "whole").optim.lr, **settings)
+    for link in ("best", "last"):
+        whole, cut = (load_model(tmp_path / name / link) for name in ("whole", "cut"))
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, cut.state_dict()[name]), name
+    logs = [read_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "cut")]
+    assert [line["step"] for line in logs[0]] == [0, 3, 6]
+    kept = [[{k: v for k, v in line.items() if k != "time"} for line in log] for log in logs]
+    assert kept[0] == kept[1]
+
+
+def test_a_batch_too_large_for_the_memory_is_taken_in_parts(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    real = os.sysconf
+    pages = {"SC_PHYS_PAGES": 16}  # of 4 KiB
+    monkeypatch.setattr(os, "sysconf", lambda name: pages.get(name, real(name)))
+    train(tmp_path / "run", steps=2)
+    parts = config(tmp_path / "run").optim.accumulate
+    assert parts in (2, 4, 8)
+    assert f"batch of 8 in {parts} parts" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("patchword.workflows.training_run.report_run", lambda *_: None)
+    assert train(tmp_path / "run", steps=2).result is None  # the same run, on a larger machine
+
+
+def test_time_holds_for_the_whole(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Trials and evaluations are taken off before it is divided into steps."""
+    monkeypatch.setattr(starting, "_limit", lambda _: 0.0)
+    paces: list[float] = []
+    real = starting._pace
+
+    def pace(*args: Any, **kwargs: Any) -> float:
+        paces.append(real(*args, **kwargs))
+        return paces[-1]
+
+    monkeypatch.setattr(starting, "_pace", pace)
+    train(tmp_path / "run", time="8s")
+    spec = config(tmp_path / "run")
+    assert spec.steps is not None
+    assert 0 < spec.steps < 8 / paces[0]
+    assert "8s:" in capsys.readouterr().err
