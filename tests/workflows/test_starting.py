@@ -49,7 +49,8 @@ def test_a_head_alone_is_the_logistic_regression(train: Any, photos: Path, tmp_p
         extract(model, source, division[part], device="cpu", cache=False)
         for part in ("train", "val")
     ]
-    probe = sweep_logistic(*((p.pooled, p.labels)[i] for p in parts for i in (0, 1)), 3)
+    support, val = parts
+    probe = sweep_logistic(support.pooled, support.labels, val.pooled, val.labels, 3)
     assert model.head is not None
     torch.testing.assert_close(model.head.weight.double(), probe.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.head.bias.double(), probe.bias, rtol=1e-4, atol=1e-5)
