@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from patchword.workflows.checking import Checked
     from patchword.workflows.listing import Variant
     from patchword.workflows.measuring import Prediction
+    from patchword.workflows.probing import ProbeName
 
 err = Console(stderr=True, markup=False, emoji=False)  # names are shown as they are
 out = Console(markup=False, emoji=False)
@@ -104,6 +105,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Accuracy, calibration, loss, and per class."""
     args = read(EvaluateArguments, arguments, "evaluate")
     settings = args.settings()
+    probes = settings.pop("probe")
+    if probes:
+        return _show_probes(settings, probes, args.json)
     from patchword.workflows.measuring import evaluate as measure
 
     done = measure(**settings, console=err)
@@ -128,6 +132,27 @@ def evaluate(arguments: Sequence[str]) -> int:
                 name, str(row["n"]), _percent(row["recall"]), _percent(row["precision"])
             )
     out.print(classes)
+    return 0
+
+
+def _show_probes(settings: dict[str, Any], probes: Sequence[ProbeName], as_json: bool) -> int:
+    from patchword.workflows.probing import measure_probes
+
+    done = measure_probes(**settings, probes=probes, console=err)
+    said = f"split {done.split}: {done.why}; learned from {done.support:,} images of train"
+    err.print(said, highlight=False, soft_wrap=True)
+    if as_json:
+        out.print_json(data=done.to_dict())
+        return 0
+    table = _table("probe", "", "top-1", "over seeds", whole=("probe",))
+    for shots, row in (done.fewshot or {}).items():
+        table.add_row("few-shot", f"{shots} a class", _percent(row.mean), f"± {_percent(row.std)}")
+    for count, share in (done.knn or {}).items():
+        table.add_row("nearest neighbours", f"k {count}", _percent(share), "")
+    if done.logistic_probe is not None:
+        regulariser = f"l2 {done.logistic_probe.l2:.0e}"
+        table.add_row("logistic regression", regulariser, _percent(done.logistic), "")
+    out.print(table)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -85,7 +86,7 @@ def extract(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}{nearest(precision, PRECISIONS)}")
-    indices = np.asarray(indices, np.int64)
+    indices = np.ascontiguousarray(indices, np.int64)
     if not len(indices):
         raise PatchwordError("no images to compute features of; choose another part of the data")
     path = None
@@ -129,7 +130,7 @@ def cache_key(model: Model, source: Source, indices: np.ndarray, precision: str)
         "precision": precision,
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(indices, "<i8").tobytes())
+    digest.update(indices.astype("<i8").tobytes())
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(model.HEADS):
             digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
@@ -138,7 +139,7 @@ def cache_key(model: Model, source: Source, indices: np.ndarray, precision: str)
     return digest.hexdigest()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _compute(
     model: Model,
     source: Source,
@@ -228,5 +229,5 @@ def _write(path: Path, rows: Tensor, bad: dict[int, str]) -> None:
         temporary.replace(path)
     except OSError as error:
         logger.warning("the features are not kept for the next time: %s", error)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
