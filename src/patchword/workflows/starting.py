@@ -204,7 +204,7 @@ def _trial(inputs: Inputs, steps: int, rate: float | None = None) -> Trainer:
     if rate is not None:
         spec = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, lr=rate))
     dtype = resolve_precision(spec.precision, inputs.device)
-    return Trainer(copy.deepcopy(inputs.model), spec, inputs.device, dtype)
+    return Trainer(copy.deepcopy(inputs.model), spec, inputs.device, dtype, inputs.class_weights())
 
 
 # The length --------------------------------------------------------------------------------------
