@@ -81,7 +81,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
     },
     "last-k": {
         "title": "the last two blocks and the head; no backward pass below them",
-        "source": "partial fine-tuning as in MAE (arXiv 2111.06377, section 4.3); its settings ours",
+        "source": "partial fine-tuning as in MAE (arXiv 2111.06377, section 4.3), settings ours",
         "expected": "between a linear probe and fine-tuning; a step takes 0.4 of its time",
         "images": None,
         "settings": {
