@@ -133,7 +133,7 @@ class OptimSpec:
     """peak learning rate"""
     rates: tuple[float, ...] = ()
     """learning rates tried for a short while before the run; that with the lowest loss on the val
-    part becomes --lr"""
+    part becomes --lr; with --sweep each is tried for a whole run"""
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     warmup: float = 0.05
     """steps of linear warm-up; below 1, a share of the run"""

@@ -104,8 +104,7 @@ def sweep(
         _start(folder, spec, source, final, overwrite)
         job = _Sweep(folder, spec, source, repeats, console)
         if choose:
-            job.try_rates(development)
-            job.train_on_all(final)
+            job.train_on_all(final, job.try_rates(development))
         else:
             job.repeat()
         return job.finish(" --sweep" if choose else "")
@@ -181,9 +180,9 @@ class _Sweep:
         self.before = 0
         """runs that come before the final ones"""
 
-    def try_rates(self, division: Division) -> None:
-        """One run with each learning rate; the best of them is chosen, of equals that with the
-        lower loss. One rate leaves nothing to try."""
+    def try_rates(self, division: Division) -> float:
+        """One run with each learning rate; the best of them, of equals that with the lower loss.
+        One rate leaves nothing to try."""
         rates = self.spec.optim.rates
         self.before = len(rates) if len(rates) > 1 else 0
         for number, rate in enumerate(rates[: self.before], 1):
@@ -194,7 +193,7 @@ class _Sweep:
                 self.record()
             for name in ("checkpoints", "best", "last"):  # only the figures are needed
                 _remove(run / name)
-        self.found.chosen = self.choose()
+        return self.choose()
 
     def try_rate(self, run: Path, rate: float, division: Division) -> dict[str, float] | None:
         """Top-1 and loss on the held-out images after the last step, of the weights that a final
@@ -230,14 +229,14 @@ class _Sweep:
                 self.console.print(hint, highlight=False)
         return best
 
-    def train_on_all(self, division: Division) -> None:
+    def train_on_all(self, division: Division, rate: float) -> None:
         """The final runs: nothing is held out, so the last weights are kept."""
-        chosen = self.found.chosen or 0.0
+        self.found.chosen = rate
         spec = replace(self.spec, data=replace(self.spec.data, val_fraction=0.0))
-        spec = runs.resolve(_with_rate(spec, chosen), division)
+        spec = runs.resolve(_with_rate(spec, rate), division)
         for k in range(self.repeats):
             seeded = replace(spec, seed=spec.seed + k)
-            self.add(k, seeded, division, f"learning rate {chosen:g} on all of train")
+            self.add(k, seeded, division, f"learning rate {rate:g} on all of train")
 
     def repeat(self) -> None:
         """The first run as `train` does it, the others with what it settled on and other seeds."""
