@@ -412,3 +412,72 @@ def test_installed_command():
     assert done.returncode == 2
     assert done.stdout == ""
     assert "unknown recipe 'nothing'" in one_line(done.stderr)
+
+
+# check -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Noise images in two classes; one file is broken."""
+    root = tmp_path / "pets"
+    for k, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            noise = torch.randint(
+                256, (40, 48, 3), generator=torch.Generator().manual_seed(9 * k + i)
+            )
+            Image.fromarray(noise.to(torch.uint8).numpy()).save(root / name / f"{i}.png")
+    (root / "dog/broken.png").write_bytes(b"broken")
+    return root
+
+
+def test_check_says_what_is_wrong_and_exits_with_1(command: Command, pets: Path):
+    code, out, err = command("check", pets)
+    assert code == 1
+    assert "unreadable images" in out
+    assert "9 images of 2 classes: found 1 error" in out
+    assert "read 9 images" in err
+    code, out, _ = command("check", pets, "--json")
+    assert code == 1
+    shown = json.loads(out)
+    assert (shown["images"], shown["errors"], shown["warnings"], shown["notes"]) == (9, 1, 0, 0)
+    assert shown["findings"][0]["code"] == "unreadable"
+    assert shown["findings"][0]["items"] == [
+        {"names": ["dog/broken.png"], "about": "not an image of a known format"}
+    ]
+
+
+def test_check_fixes_and_undoes(command: Command, pets: Path):
+    code, out, _ = command("check", pets, "--fix")
+    assert code == 0
+    assert "moved 1 file to" in out
+    assert not (pets / "dog/broken.png").exists()
+    assert command("check", pets)[:2] == (0, "8 images of 2 classes: found nothing wrong\n")
+    assert command("check", pets, "--undo")[:2] == (0, "brought back 1 file\n")
+    assert (pets / "dog/broken.png").read_bytes() == b"broken"
+    code, out, _ = command("check", pets, "--fix", "--json")
+    assert code == 0
+    moved = json.loads(out)["set_aside"]
+    assert moved["folder"] == f"{pets}.set-aside"
+    assert [move["path"] for move in moved["files"]] == ["dog/broken.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--near", "16"], "--near is 16; use 0 to 15 bits"),
+        (["--workers", "-1"], "--workers is -1; use 0 or more"),
+        (["--fix", "--undo"], "--fix and --undo are opposites"),
+    ],
+)
+def test_check_refuses_what_makes_no_sense(words, message: str, command: Command, pets: Path):
+    code, _, err = command("check", pets, *words)
+    assert code == 2
+    assert message in one_line(err)
+
+
+def test_check_fixes_folders_only(command: Command):
+    code, _, err = command("check", "digits", "--fix")
+    assert code == 2
+    assert "--fix moves files of a folder" in one_line(err)

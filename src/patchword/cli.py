@@ -273,7 +273,7 @@ def check(arguments: Sequence[str]) -> int:
         if args.json:
             out.print_json(data={"brought_back": [move.path for move in back]})
         else:
-            out.print(f"brought back {len(back):,} files", highlight=False)
+            out.print(f"brought back {_files(len(back))}", highlight=False)
         return 0
     done = checking.check(**settings, console=err)
     if args.json:
@@ -283,9 +283,13 @@ def check(arguments: Sequence[str]) -> int:
     return 1 if done.count("error") else 0
 
 
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
 def _show_check(done: Checked) -> None:
     if done.moved:
-        moved = f"moved {len(done.moved):,} files to {done.aside}; --undo brings them back"
+        moved = f"moved {_files(len(done.moved))} to {done.aside}; --undo brings them back"
         out.print(moved, highlight=False, soft_wrap=True)
     if done.findings:
         table = _table("", "finding", "how many", "examples", "what to do", whole=("", "how many"))
@@ -296,8 +300,9 @@ def _show_check(done: Checked) -> None:
             row = (finding.what, f"{finding.count:,}", shown, finding.advice)
             table.add_row(finding.severity, *row, end_section=True)
         out.print(table)
-    counts = [f"{done.count(kind)} {kind}s" for kind in ("error", "warning", "note")]
-    found = f"found {', '.join(counts)}" if done.findings else "found nothing wrong"
+    counts = {kind: done.count(kind) for kind in ("error", "warning", "note")}
+    named = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count]
+    found = f"found {', '.join(named)}" if named else "found nothing wrong"
     about = f"{done.images:,} images of {len(done.source.classes):,} classes: {found}"
     out.print(about, highlight=False, soft_wrap=True)
 

@@ -39,10 +39,10 @@ def forms(source: Source, scan: Scan) -> Iterator[Finding]:
     size = [f"{w} x {h}" for h, w in zip(height.tolist(), width.tolist(), strict=True)]
     formats = scan.facts["format"][good].tolist()
     blank = contrast(scan.facts["thumb"][good]) < BLANK
-    names: list[str] = [source.keys[i] for i in good.tolist()]
+    names = [source.keys[int(i)] for i in good]
     wrong = np.array([_misnamed(*pair) for pair in zip(names, formats, strict=True)], np.bool_)
     tables = (
-        ("blank", blank, "images of one colour", size, "check that they are not broken"),
+        ("blank", blank, "images of almost one colour", size, "check that they are not broken"),
         ("tiny", short < TINY, f"short side below {TINY} pixels", size, "is that all there is?"),
         (
             "aspect",
@@ -99,6 +99,6 @@ def _channels(source: Source, scan: Scan) -> Iterator[Finding]:
         "note",
         f"mixed channels: {counts}",
         len(others),
-        tuple(Item((source.keys[i],), KINDS[scan.facts["kind"][i]]) for i in others.tolist()),
+        tuple(Item((source.keys[int(i)],), KINDS[scan.facts["kind"][i]]) for i in others),
         "converted when read; colour may give the class away",
     )

@@ -74,11 +74,11 @@ def _typos(word: str) -> int:
 
 
 def _shortened(word: str) -> set[str]:
-    """`word` and what is left of it without up to `_typos` letters: names within that many
-    mistakes of each other share one of these."""
+    """`word` and what is left of it without up to `_typos` letters: names with the same digits,
+    within that many mistakes of each other, share one of these."""
     found = {word}
     for _ in range(_typos(word)):
-        found |= {w[:i] + w[i + 1 :] for w in found for i in range(len(w))}
+        found |= {w[:i] + w[i + 1 :] for w in found for i in range(len(w)) if not w[i].isdigit()}
     return found
 
 

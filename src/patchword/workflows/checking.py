@@ -154,7 +154,10 @@ def set_aside(root: Path, source: Source, found: Scan) -> list[Move]:
     for index, kept in surplus_copies(source, found):
         if not _is_target(root / keys[index], root / keys[kept]):
             planned[keys[index]] = f"same pixels as {keys[kept]}"
-    moves = [Move(key, why) for key, why in sorted(planned.items())]
+    once: dict[str, Move] = {}
+    for key, why in sorted(planned.items()):
+        once.setdefault(_entry(root / key), Move(key, why))
+    moves = list(once.values())
     aside = aside_of(root)
     taken = [move.path for move in moves if os.path.lexists(aside / move.path)]
     if taken:
@@ -176,8 +179,15 @@ def set_aside(root: Path, source: Source, found: Scan) -> list[Move]:
 
 
 def _is_target(path: Path, kept: Path) -> bool:
-    """Whether moving `path` would take `kept` away, which leads to it through a link."""
-    return not path.is_symlink() and os.path.realpath(path) == os.path.realpath(kept)
+    """Whether moving `path` would take `kept` away: it is the same file seen through links, or
+    what `kept` is a link to."""
+    same_file = os.path.realpath(path) == os.path.realpath(kept)
+    return _entry(path) == _entry(kept) or (same_file and not path.is_symlink())
+
+
+def _entry(path: Path) -> str:
+    """One name for each file or link, through whatever linked folders it is reached."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 @contextmanager
