@@ -60,7 +60,7 @@ def forbid(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(images: torch.Tensor) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(model, "features", fail)
+    monkeypatch.setattr(model, "pooled_features", fail)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def _compute(
         images = batch.images if batch.mask.all() else batch.images[batch.mask]
         if len(images):
             inputs = to_input(images.to(device), model.preprocess, dtype)
-            pooled = module.features(inputs).pooled.float().cpu()
+            pooled = module.pooled_features(inputs).float().cpu()
             _check(pooled, source, batch.indices[batch.mask])
             if rows is None:
                 rows = torch.empty(len(indices), pooled.shape[1])

@@ -44,6 +44,10 @@ class Model(nn.Module, Generic[Spec]):
         """
         raise NotImplementedError
 
+    def pooled_features(self, images: Tensor) -> Tensor:
+        """`features(images).pooled` alone, `[B, D]`, which may cost less."""
+        return self.features(images).pooled
+
     def classify(self, pooled: Tensor) -> Tensor:
         """The head: `[B, D]` to logits `[B, K]`; the identity if the spec has no classes."""
         return pooled if self.head is None else self.head(pooled)

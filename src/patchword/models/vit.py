@@ -98,6 +98,12 @@ class ViT(Model[ViTSpec]):
         x = self.encode(self.embed(images))
         return Outputs(self._pooled(x), x[:, self.spec.prefix :], self.spec.grid)
 
+    def pooled_features(self, images: Tensor) -> Tensor:
+        self.check(images)
+        if self.spec.pool == "token":  # as in `forward`
+            return self.encode(self.embed(images), wanted=self.spec.leading)[:, 0]
+        return self._pooled(self.encode(self.embed(images)))
+
     def _pooled(self, x: Tensor) -> Tensor:
         if self.pool is not None:
             return self.pool(x)
