@@ -104,7 +104,7 @@ def part_classifier(
             indices,
             transform,
             batch_size=batch_size or eval_batch_size(net),
-            workers=_workers(workers, len(indices)),
+            workers=eval_workers(workers, len(indices)),
             on_bad=on_bad_image,
         )
 
@@ -141,7 +141,8 @@ def load_classifier(
     return net, Working(net, resolve_precision(precision, where)), where
 
 
-def _workers(asked: int | None, images: int) -> int:
+def eval_workers(asked: int | None, images: int) -> int:
+    """Processes that read images, where the user may have named a number."""
     if asked is not None:
         return asked
     return default_workers() if images > 256 else 0
@@ -256,7 +257,7 @@ def predict(
             np.arange(len(paths)),
             EvalTransform(net.spec.image_size, net.spec.in_channels, net.preprocess),
             batch_size=batch_size or eval_batch_size(net),
-            workers=_workers(workers, len(paths)),
+            workers=eval_workers(workers, len(paths)),
             on_bad="skip",
         ):
             for index, reason in batch.bad:

@@ -27,8 +27,7 @@ from patchword.specs import DataSpec, Device, Precision
 from patchword.training.parallel import resolve_device, resolve_precision
 from patchword.weights.loading import load_model
 from patchword.workflows.inputs import eval_batch_size
-from patchword.workflows.measuring import known_parts, run_of
-from patchword.workflows.runs import default_workers
+from patchword.workflows.measuring import eval_workers, known_parts, run_of
 
 logger = logging.getLogger("patchword")
 ProbeName = Literal["fewshot", "knn", "logistic"]
@@ -151,7 +150,7 @@ def measure_probes(
                 indices,
                 device=where,
                 batch_size=batch_size or eval_batch_size(net),
-                workers=_workers(workers, len(indices)),
+                workers=eval_workers(workers, len(indices)),
                 precision=str(resolve_precision(precision, where)).removeprefix("torch."),
                 cache=cache,
                 on_bad=on_bad_image,
@@ -167,12 +166,6 @@ def measure_probes(
         development = features(parts.development, "val")
     with console.status("fitting the probes"):
         return _measure(source, parts, train, queries, development, probes, shots, seeds)
-
-
-def _workers(asked: int | None, images: int) -> int:
-    if asked is not None:
-        return asked
-    return default_workers() if images > 256 else 0
 
 
 def _measure(
