@@ -59,6 +59,26 @@ def test_a_head_alone_is_the_logistic_regression(train: Any, photos: Path, tmp_p
     assert (line["step"], line["top1"]) == (0, pytest.approx(probe.accuracy))
 
 
+def test_without_a_val_part_the_head_is_fitted_to_all(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its regulariser is chosen on images that the sweep does not fit."""
+    seen: list[tuple[int, int]] = []
+    real = starting.sweep_logistic
+
+    def spy(features: Any, labels: Any, val: Any, *rest: Any) -> Any:
+        seen.append((len(features), len(val)))
+        return real(features, labels, val, *rest)
+
+    monkeypatch.setattr(starting, "sweep_logistic", spy)
+    train(tmp_path / "run", recipe="head", val_fraction=0.0)
+    ((fitted, held),) = seen
+    division = json.loads((tmp_path / "run" / "splits.json").read_text())
+    assert 0 < held < fitted
+    assert division["val"] == []
+    assert fitted + held in (len(division["train"]), len(division["train"]) - 1)  # one is broken
+
+
 def test_training_never_returns_less_than_the_head(train: Any, tmp_path: Path):
     """A learning rate that destroys the weights: the best are those of step 0."""
     result = train(tmp_path / "run", steps=3, optimizer="sgd", lr=1e3, clip=0.0)
