@@ -103,7 +103,7 @@ def start_from_probe(inputs: Inputs, console: Console) -> Probe | None:
                     device=inputs.device,
                     batch_size=eval_batch_size(model),
                     workers=inputs.workers if len(division[part]) > 256 else 0,
-                    precision=inputs.spec.precision,  # pyright: ignore[reportArgumentType]
+                    precision=inputs.spec.precision,
                     on_bad=inputs.spec.data.on_bad_image,
                     progress=lambda done, total, part=part: status.update(
                         f"features of {part}: {done:,}/{total:,} images"
