@@ -371,3 +371,9 @@ def test_usage_errors(words: list[object], finished: Path, tmp_path: Path, comma
     code, _, err = command(*words, "--sweep", "--out", run, "--steps", 2, "--overwrite")
     assert code == 0, err
     assert read(run / "run-0" / "config.json")["steps"] == 2
+
+
+def test_an_ordinary_run_does_not_go_on_inside_a_sweep(tmp_path: Path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds a sweep"):
+        patchword.train("digits", out=tmp_path, steps=1)

@@ -43,6 +43,8 @@ from patchword.weights.loading import describe_weights, transfer
 
 logger = logging.getLogger("patchword")
 CONFIG, SUMMARY, SPLITS = "config.json", "summary.json", "splits.json"
+SWEEP = "sweep.json"
+"""in the folder of a sweep or of repeated runs"""
 
 
 def default_run(source: Source, spec: TrainSpec) -> Path:

@@ -27,7 +27,6 @@ from patchword.workflows.measuring import evaluate
 from patchword.workflows.reporting import report_run
 from patchword.workflows.training_run import TrainResult, train
 
-SWEEP = "sweep.json"
 AROUND = (0.1, 0.3, 1.0, 3.0)
 """Learning rates to try where the recipe names none, as shares of its own: table 4's steps."""
 
@@ -174,7 +173,7 @@ class _Sweep:
         self.source = source
         self.repeats = repeats
         self.console = console
-        stored = _read(folder / SWEEP)
+        stored = _read(folder / runs.SWEEP)
         self.found = SweepResult(run=folder, rates=stored.get("rates", {}), runs=[])
         self.first: TrainResult | None = None
         self.before = 0
@@ -277,7 +276,7 @@ class _Sweep:
 
     def record(self) -> None:
         """Write `sweep.json`."""
-        replace_text(self.folder / SWEEP, json.dumps(self.found.to_dict(), indent=1))
+        replace_text(self.folder / runs.SWEEP, json.dumps(self.found.to_dict(), indent=1))
 
     def finish(self, flags: str) -> SweepResult:
         """Point at the first run's weights, and write the summary and the report of the whole,

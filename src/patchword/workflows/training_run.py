@@ -91,6 +91,10 @@ def train(
     started = time.monotonic()
     source = open_source(spec.source)
     run = Path(out) if out is not None else runs.default_run(source, spec)
+    if (run / runs.SWEEP).exists() and not overwrite:
+        raise UsageError(
+            f"{run} holds a sweep; go on with --sweep or --runs, or give another --out"
+        )
     with runs.locked(run):
         stored = None if overwrite else runs.stored_spec(run)
         division = runs.open_division(run if stored else None, source, spec)
