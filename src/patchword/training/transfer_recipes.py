@@ -89,7 +89,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
             "epochs": 20.0,
             "batch_size": 64,
             "augment": {"crop_area": [0.2, 1.0]},
-            "optim": {"lr": 2e-4, "weight_decay": 0.05, "warmup": 0.1},
+            "optim": {"lr": 5e-4, "weight_decay": 0.05, "warmup": 0.1},
             "tuning": {"tune": "last", "last_blocks": 2},
         },
     },
