@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Column, Table
 
+from patchword import printing
 from patchword.arguments import (
     CalibrateArguments,
     CheckArguments,
@@ -31,18 +28,14 @@ from patchword.arguments import (
     read_train,
 )
 from patchword.parsing import Interrupted, PatchwordError, UsageError, nearest
+from patchword.printing import err, out
 from patchword.training.recipes import RECIPES, find_recipe
 from patchword.weights.pretrained import PRETRAINED, find_pretrained
 
 if TYPE_CHECKING:
     from patchword.specs import TrainSpec
-    from patchword.workflows.checking import Checked
     from patchword.workflows.listing import Variant
-    from patchword.workflows.measuring import Prediction
     from patchword.workflows.probing import ProbeName
-
-err = Console(stderr=True, markup=False, emoji=False)  # names are shown as they are
-out = Console(markup=False, emoji=False)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -53,7 +46,11 @@ def train(arguments: Sequence[str]) -> int:
     from patchword.workflows.training_run import train as run
 
     result = run(spec, out=args.out, overwrite=args.overwrite, console=err)
-    return _show_run(result.run, result.summary, args.json)
+    if args.json:
+        out.print_json(data={"run": str(result.run)} | result.summary)
+    else:
+        printing.show_run(result.run, result.summary)
+    return 0
 
 
 def _sweep(args: TrainArguments, spec: TrainSpec) -> int:
@@ -71,33 +68,7 @@ def _sweep(args: TrainArguments, spec: TrainSpec) -> int:
     if args.json:
         out.print_json(data={"run": str(done.run)} | done.to_dict())
         return 0
-    table = _table("run", "top-1", "measured on")
-    for row in sweep_rows(done.to_dict()):
-        table.add_row(*row)
-    out.print(table)
-    for name, value in {"weights": done.run, "report": done.run / "report.html"}.items():
-        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def _show_run(run: Path, summary: dict[str, Any], as_json: bool) -> int:
-    if as_json:
-        out.print_json(data={"run": str(run)} | summary)
-        return 0
-    figures = {
-        "top-1": "top1",
-        "top-5": "top5",
-        "balanced accuracy": "balanced",
-        "calibration error": "ece",
-    }
-    shown = [f"{n} {100 * summary[key]:.2f} %" for n, key in figures.items() if key in summary]
-    lines = {
-        "result": f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images",
-        "weights": f"{run} ({summary['best_weights']} weights of step {summary['best_step']:,})",
-        "report": str(run / "report.html"),
-    }
-    for name, value in lines.items():
-        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
+    printing.show_sweep(done, sweep_rows(done.to_dict()))
     return 0
 
 
@@ -107,7 +78,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     settings = args.settings()
     probes = settings.pop("probe")
     if probes:
-        return _show_probes(settings, probes, args.json)
+        return _probe(settings, probes, args.json)
     from patchword.workflows.measuring import evaluate as measure
 
     done = measure(**settings, console=err)
@@ -116,26 +87,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     if args.json:
         out.print_json(data=result.to_dict() | {"split": done.split})
         return 0
-    table = _table("images", "top-1", "top-5", "balanced", "loss", "calibration error", "Brier")
-    table.add_row(
-        f"{result.n:,}",
-        *(f"{100 * share:.2f} %" for share in (result.top1, result.top5, result.balanced)),
-        f"{result.loss:.4f}",
-        f"{100 * result.ece:.2f} %",
-        f"{result.brier:.4f}",
-    )
-    out.print(table)
-    classes = _table("class", "images", "recall", "precision")
-    for name, row in result.per_class.items():
-        if row["n"]:
-            classes.add_row(
-                name, str(row["n"]), _percent(row["recall"]), _percent(row["precision"])
-            )
-    out.print(classes)
+    printing.show_classification(result)
     return 0
 
 
-def _show_probes(settings: dict[str, Any], probes: Sequence[ProbeName], as_json: bool) -> int:
+def _probe(settings: dict[str, Any], probes: Sequence[ProbeName], as_json: bool) -> int:
     from patchword.workflows.probing import measure_probes
 
     done = measure_probes(**settings, probes=probes, console=err)
@@ -143,27 +99,9 @@ def _show_probes(settings: dict[str, Any], probes: Sequence[ProbeName], as_json:
     err.print(said, highlight=False, soft_wrap=True)
     if as_json:
         out.print_json(data=done.to_dict())
-        return 0
-    table = _table("probe", "", "top-1", "over seeds", whole=("probe",))
-    for shots, row in (done.fewshot or {}).items():
-        table.add_row("few-shot", f"{shots} a class", _percent(row.mean), f"± {_percent(row.std)}")
-    for count, share in (done.knn or {}).items():
-        table.add_row("nearest neighbours", f"k {count}", _percent(share), "")
-    if done.logistic_probe is not None:
-        regulariser = f"l2 {done.logistic_probe.l2:.0e}"
-        table.add_row("logistic regression", regulariser, _percent(done.logistic), "")
-    out.print(table)
+    else:
+        printing.show_probes(done)
     return 0
-
-
-def _table(*names: str, whole: Sequence[str] = ()) -> Table:
-    """A table that breaks what is too long for its column, but for those in `whole`, and cuts
-    nothing off."""
-    return Table(*(Column(name, overflow="fold", no_wrap=name in whole) for name in names))
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def predict(arguments: Sequence[str]) -> int:
@@ -185,15 +123,9 @@ def predict(arguments: Sequence[str]) -> int:
     if args.json:
         out.print_json(data=[prediction.to_dict() for prediction in found])
     elif args.csv:
-        _write_csv(found, args.abstain is not None)
+        printing.write_csv(found, args.abstain is not None)
     else:
-        table = _table("image", "label", "probability", "then")
-        for prediction in found:
-            rest = prediction.top if prediction.label is None else prediction.top[1:]
-            then = ", ".join(f"{label} {100 * p:.1f} %" for label, p in rest)
-            label = "uncertain" if prediction.label is None else prediction.label
-            table.add_row(prediction.path, label, f"{100 * prediction.probability:.1f} %", then)
-        out.print(table)
+        printing.show_predictions(found)
     if args.abstain is not None:
         unsure = sum(prediction.abstained for prediction in found)
         said = f"{unsure} of {len(found)} images are uncertain: less than {args.abstain:g} sure"
@@ -201,18 +133,6 @@ def predict(arguments: Sequence[str]) -> int:
     if bad:
         err.print(f"{len(bad)} of {len(bad) + len(found)} files could not be read", highlight=False)
     return 0
-
-
-def _write_csv(found: Sequence[Prediction], may_abstain: bool) -> None:
-    """The table as comma-separated values; where the model may abstain, with what it settled on."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    ranks = range(1, 1 + max(len(p.top) for p in found))
-    settled = ["label", "abstained"] if may_abstain else []
-    names = (f"{what}{k}" for k in ranks for what in ("label", "probability"))
-    writer.writerow(["path", *settled, *names])
-    for p in found:
-        said = [p.label, str(p.abstained).lower()] if may_abstain else []
-        writer.writerow([p.path, *said, *(x for pair in p.top for x in pair)])
 
 
 def _lines_in() -> list[str]:
@@ -232,24 +152,7 @@ def calibrate(arguments: Sequence[str]) -> int:
     if args.json:
         out.print_json(data=done.to_dict())
         return 0
-    columns = ("images", "", "temperature", "top-1", "loss", "calibration error", "Brier")
-    table = _table(*columns)
-    for part in done.parts:
-        temperatures = (1.0, done.calibration.temperature)
-        for t, result in zip(temperatures, (part.before, part.after), strict=True):
-            table.add_row(
-                f"{result.n:,} ({part.part})",
-                part.role,
-                f"{t:.4g}",
-                f"{100 * result.top1:.2f} %",
-                f"{result.loss:.4f}",
-                f"{100 * result.ece:.2f} %",
-                f"{result.brier:.4f}",
-            )
-        table.add_section()
-    out.print(table)
-    stored = done.stored or "nowhere; --out FILE writes the calibrated model, --overwrite replaces"
-    out.print(f"stored   {stored}", highlight=False, soft_wrap=True)
+    printing.show_calibration(done)
     return 0
 
 
@@ -259,7 +162,11 @@ def demo(arguments: Sequence[str]) -> int:
     from patchword.workflows.training_run import train as run
 
     result = run("digits", out=args.out, overwrite=args.overwrite, seed=args.seed, console=err)
-    return _show_run(result.run, result.summary, args.json)
+    if args.json:
+        out.print_json(data={"run": str(result.run)} | result.summary)
+    else:
+        printing.show_run(result.run, result.summary)
+    return 0
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -273,38 +180,14 @@ def check(arguments: Sequence[str]) -> int:
         if args.json:
             out.print_json(data={"brought_back": [move.path for move in back]})
         else:
-            out.print(f"brought back {_files(len(back))}", highlight=False)
+            out.print(f"brought back {printing.files(len(back))}", highlight=False)
         return 0
     done = checking.check(**settings, console=err)
     if args.json:
         out.print_json(data=done.to_dict())
     else:
-        _show_check(done)
+        printing.show_check(done)
     return 1 if done.count("error") else 0
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count:,} files"
-
-
-def _show_check(done: Checked) -> None:
-    if done.moved:
-        moved = f"moved {_files(len(done.moved))} to {done.aside}; --undo brings them back"
-        out.print(moved, highlight=False, soft_wrap=True)
-    if done.findings:
-        table = _table("", "finding", "how many", "examples", "what to do", whole=("", "how many"))
-        for finding in done.findings:
-            examples = [" = ".join(item.names[:3]) for item in finding.items[:3]]
-            about = [f" ({item.about})" if item.about else "" for item in finding.items]
-            shown = "\n".join(a + b for a, b in zip(examples, about, strict=False))
-            row = (finding.what, f"{finding.count:,}", shown, finding.advice)
-            table.add_row(finding.severity, *row, end_section=True)
-        out.print(table)
-    counts = {kind: done.count(kind) for kind in ("error", "warning", "note")}
-    named = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count]
-    found = f"found {', '.join(named)}" if named else "found nothing wrong"
-    about = f"{done.images:,} images of {len(done.source.classes):,} classes: {found}"
-    out.print(about, highlight=False, soft_wrap=True)
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -331,66 +214,36 @@ def models(arguments: Sequence[str]) -> int:
     args = read(ModelsArguments, arguments, "models")
     settings = args.settings()
     if args.pretrained:
-        return _show_pretrained(args)
+        return _pretrained(args)
     from patchword.workflows import listing
 
     if args.name:
-        return _show_layers(listing.variant(args.name, **settings), args.json)
+        return _layers(listing.variant(args.name, **settings), args.json)
     rows = listing.variants()
     if args.json:
         out.print_json(data=[row.to_dict() for row in rows])
         return 0
-    columns = ("model", "family", "layers", "width", "MLP", "heads", "parameters", "GMACs")
-    table = _table(*columns, whole=("model", "family", "parameters", "GMACs"))
-    for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
-        table.add_row(
-            *(row.name, row.family, *row.cells),
-            *(f"{row.parameters:,}", f"{row.macs / 1e9:.2f}"),
-            end_section=row.family != following.family,
-        )
-    out.print(table)
-    out.print("GMACs for one image of 224 x 224 pixels", highlight=False)
+    printing.show_variants(rows)
     return 0
 
 
-def _show_layers(found: Variant, as_json: bool) -> int:
+def _layers(found: Variant, as_json: bool) -> int:
     from patchword.workflows.listing import layers
 
     rows = layers(found)
     if as_json:
         out.print_json(data=[found.to_dict() | {"layer_table": [vars(row) for row in rows]}])
-        return 0
-    columns = ("layer", "output", "parameters", "MACs", "activations (MiB)")
-    table = _table(*columns, whole=("layer", "parameters"))
-    for row in rows:
-        if row is rows[-1]:
-            table.add_section()
-        shape = " x ".join(map(str, row.shape))
-        memory = f"{row.activation_bytes / 2**20:.2f}"
-        table.add_row(row.name, shape, f"{row.parameters:,}", f"{row.macs:,}", memory)
-    out.print(table)
-    height, width = found.spec.image_size
-    out.print(f"for one image of {height} x {width} pixels, in float32", highlight=False)
+    else:
+        printing.show_layers(found, rows)
     return 0
 
 
-def _show_pretrained(args: ModelsArguments) -> int:
+def _pretrained(args: ModelsArguments) -> int:
     rows = [find_pretrained(args.name)] if args.name else list(PRETRAINED.values())
     if args.json:
         out.print_json(data=[vars(row) for row in rows])
-    elif args.name:
-        for key, value in vars(rows[0]).items():
-            shown = "none: features" if value is None else value
-            out.print(f"{key.replace('_', ' '):11}{shown}", highlight=False, soft_wrap=True)
     else:
-        columns = ("name", "hub id", "licence", "pixels", "top-1")
-        table = _table(*columns, whole=("name", "licence"))
-        for row in rows:
-            top1 = "features" if row.top1 is None else f"{row.top1:.2f} %"
-            table.add_row(row.name, row.hub, row.licence, str(row.image_size), top1)
-        out.print(table)
-        about = "top-1 on ImageNet, measured by timm; --init, evaluate and predict take the name"
-        out.print(about, highlight=False, soft_wrap=True)
+        printing.show_pretrained(rows, detail=args.name is not None)
     return 0
 
 
@@ -404,23 +257,8 @@ def recipes(arguments: Sequence[str]) -> int:
         out.print_json(
             data=[vars(row) | {"command": row.command, "cost": recipe_cost(row)} for row in rows]
         )
-    elif args.name:
-        row = rows[0]
-        about = {
-            "title": row.title,
-            "source": row.source,
-            "expected": row.expected,
-            "cost": recipe_cost(row),
-            "command": row.command,
-        }
-        for key, value in about.items():
-            out.print(f"{key:9}{value}", highlight=False, soft_wrap=True)
-        out.print_json(data=row.settings)
     else:
-        table = _table("recipe", "what", "source")
-        for row in rows:
-            table.add_row(row.name, row.title, row.source)
-        out.print(table)
+        printing.show_recipes(rows, recipe_cost, detail=args.name is not None)
     return 0
 
 
@@ -433,14 +271,7 @@ def doctor(arguments: Sequence[str]) -> int:
     if args.json:
         out.print_json(data=found)
         return 0
-    table = Table(show_header=False)
-    for key, value in found.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{name}: {state}" for name, state in value.items())
-        elif isinstance(value, list):
-            value = "\n".join(f"{row['name']}, {row['memory_gib']} GiB" for row in value)
-        table.add_row(key.replace("_gib", " (GiB)").replace("_", " "), str(value or "none"))
-    out.print(table)
+    printing.show_machine(found)
     return 0
 
 

@@ -57,7 +57,7 @@ def test_a_run_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert patchword.evaluate(whole.run, "digits").classification.top1 == whole.result.top1
     Image.new("L", (8, 8), 128).save(tmp_path / "grey.png")
     (prediction,) = patchword.predict(whole.run, tmp_path / "grey.png")
-    assert prediction.label in map(str, range(10))
+    assert prediction.label in [str(digit) for digit in range(10)]
     architecture = whole.summary["architecture"]
     assert architecture.startswith(name.partition("-")[0])
     for file in ("report.html", "MODEL_CARD.md"):

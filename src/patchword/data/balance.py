@@ -45,6 +45,6 @@ def imbalance(labels: np.ndarray, names: Sequence[str]) -> str | None:
     if ratio <= WORTH_SAYING:
         return None
     return (
-        f"imbalance {ratio:,.{int(ratio < 10)}f}: {counts[large]:,} images of {names[large]}, {counts[small]:,} of "
-        f"{names[small]}"
+        f"imbalance {ratio:,.{int(ratio < 10)}f}: {counts[large]:,} images of {names[large]}, "
+        f"{counts[small]:,} of {names[small]}"
     )
