@@ -258,9 +258,9 @@ class TrainSpec:
     `patchword models --pretrained` lists"""
     trust_pickle: bool = _free(False)
     """read --init even if it is a pickle (.pth): for files whose source you trust"""
-    start: Literal["zero", "probe"] = "zero"
-    """the new head: zeros (section 3.2), or a logistic regression on the frozen features, which is
-    measured at once, and kept if training does not better it"""
+    probe: bool = False
+    """before training, fit a logistic regression to the frozen features of --init: it is the best
+    model until training, which starts from a head of zeros (section 3.2), betters it"""
     image_size: tuple[int, ...] | None = None
     """one side, or height and width, in pixels; by default that of --init, else 224"""
     steps: int | None = None

@@ -59,7 +59,7 @@ def test_dry_run(name: str):
     assert (len(groups) > 2) == (spec.optim.layer_decay < 1)
     total = steps_of(spec, RECIPES[name].images)
     if total == 0:
-        assert spec.start == "probe"
+        assert spec.probe
         return
     shown = [learning_rate(at * total // 50, total, spec.optim) for at in range(50)]
     assert max(shown) <= spec.optim.lr

@@ -21,7 +21,7 @@ from patchword.training.clock import Clock
 from patchword.training.log import Lines, LiveLine, duration, write_csv
 from patchword.training.optim import learning_rate
 from patchword.training.signals import watch_signals
-from patchword.training.trainer import Trainer
+from patchword.training.trainer import Head, Trainer
 from patchword.types import Batch, Evaluator, Forward
 from patchword.weights.native import write_model
 
@@ -72,6 +72,8 @@ class Run:
     locate: Callable[[int], str]
     """where the image at a position of the source is"""
     extra_log: Callable[[dict[str, Any]], None] = lambda line: None
+    ready_head: Head | None = None
+    """a head for the frozen body, measured as step 0 and kept if training does not better it"""
     signals: list[int] = field(default_factory=list)
     """those received while training"""
 
@@ -209,13 +211,14 @@ class Run:
         return forward
 
     def evaluate_if_missed(self, saved: int) -> None:
-        """Measure a head that is good before any step, and make up for an evaluation that a signal
+        """Measure the ready head before the first step, and make up for an evaluation that a signal
         cut short before the checkpoint was saved."""
         progress, spec = self.trainer.progress, self.trainer.spec
         wanted = due(progress.step, _given(spec.eval_every), _given(spec.steps))
-        wanted |= progress.step == 0 and spec.start == "probe"
+        wanted |= progress.step == 0 and self.ready_head is not None
         if wanted and progress.evaluated < progress.step:
-            self.evaluate()
+            with self.trainer.wearing(self.ready_head if progress.step == 0 else None):
+                self.evaluate()
             self.stop_if_asked(saved)
 
     def keep_best(self, models: dict[str, Model], val: dict[str, dict[str, Any]]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchword.data.seeding import derived_seed
 from patchword.models.model import Model
@@ -47,6 +49,17 @@ class Progress:
     rollbacks: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     """unreadable images: position in the source -> reason"""
+
+
+Head = tuple[Tensor, Tensor]
+"""Weight `[K, D]` and bias `[K]` of a linear head."""
+
+
+@torch.no_grad()
+def set_head(layer: nn.Linear, head: Head) -> None:
+    """Copy a head's values into a layer."""
+    layer.weight.copy_(head[0])
+    layer.bias.copy_(head[1])
 
 
 class Trainer:
@@ -108,6 +121,20 @@ class Trainer:
                 self.average.update(self.model, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         return values[0], values[1]
+
+    @contextmanager
+    def wearing(self, head: Head | None) -> Iterator[None]:
+        """The model and its average with another head, if one is given, for a while."""
+        models = [self.model, *([self.average.model] if self.average else [])]
+        layers = [model.head for model in models if head and model.head is not None]
+        kept = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
+        try:
+            for layer in layers:
+                set_head(layer, cast(Head, head))
+            yield
+        finally:
+            for layer, own in zip(layers, kept, strict=True):
+                set_head(layer, own)
 
     def write(self, folder: Path) -> None:
         """Put the whole state into a checkpoint folder. Raises `OSError`."""

@@ -13,12 +13,12 @@ BILINEAR = {"interpolation": "bilinear"}
 TRANSFER: dict[str, dict[str, Any]] = {
     "transfer": {
         "title": "fine-tuning on a folder of photos; what `train DATA --init WEIGHTS` does",
-        "source": "ours: all weights by AdamW, from the head of a logistic regression "
-        "(arXiv 2202.10054), at the best of three learning rates",
+        "source": "ours: all weights by AdamW, if that betters a logistic regression on the "
+        "frozen features",
         "expected": "at least the accuracy of a logistic regression on the frozen features",
         "images": None,
         "settings": {
-            "start": "probe",
+            "probe": True,
             "epochs": 20.0,
             "batch_size": 64,
             "augment": {"crop_area": [0.25, 1.0]},
@@ -35,7 +35,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
         "source": "ours: logistic regression, its regulariser chosen on the val part",
         "expected": "in a minute what the weights are worth as they are",
         "images": None,
-        "settings": {"start": "probe", "steps": 0, "batch_size": 64},
+        "settings": {"probe": True, "steps": 0, "batch_size": 64},
     },
     "finetune-adamw": {
         "title": "fine-tuning all weights at length, strongly regularised",
@@ -71,7 +71,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
         "expected": "about that of fine-tuning; the optimiser holds 1/18 (Ti/16) to 1/70 (B/16)",
         "images": None,
         "settings": {
-            "start": "probe",
+            "probe": True,
             "epochs": 20.0,
             "batch_size": 64,
             "augment": {"crop_area": [0.2, 1.0]},
@@ -85,7 +85,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
         "expected": "between a linear probe and fine-tuning; a step takes 0.4 of its time",
         "images": None,
         "settings": {
-            "start": "probe",
+            "probe": True,
             "epochs": 20.0,
             "batch_size": 64,
             "augment": {"crop_area": [0.2, 1.0]},

@@ -128,7 +128,7 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
     optim = filled.optim
     if optim.rates:
         optim = dataclasses.replace(optim, lr=stored.optim.lr)
-    if filled.start == "probe" and optim.accumulate == 1:
+    if filled.probe and optim.accumulate == 1:
         optim = dataclasses.replace(optim, accumulate=stored.optim.accumulate)
     filled = dataclasses.replace(filled, optim=optim)
     if filled.steps is None and stored.steps is not None:

@@ -43,7 +43,7 @@ def settle(spec: TrainSpec, inputs: Inputs, started: float, console: Console) ->
     Raises `PatchwordError` if the time is too short, or the memory too small.
     """
     inputs.spec = spec
-    if spec.start == "probe":
+    if spec.probe:
         spec = _fitting_batch(inputs, console)
         inputs.spec = spec
     with memory_explained(spec):
@@ -81,13 +81,12 @@ def _is_memory(error: RuntimeError) -> bool:
 # A head to start from -----------------------------------------------------------------------------
 
 
-def start_from_probe(inputs: Inputs, console: Console) -> Probe | None:
-    """Give the model the head of a logistic regression on its frozen features, its regulariser
-    chosen on the val part: a usable classifier before any training, and a better start for
-    fine-tuning than zeros (Kumar et al., arXiv 2202.10054).
+def probe_head(inputs: Inputs, console: Console) -> Probe | None:
+    """A logistic regression on the model's frozen features, its regulariser chosen on the val part:
+    a usable classifier before any training.
 
-    The features are kept on disk (`features.extract`). Returns None, and changes nothing, where the
-    head is not one linear layer on them.
+    The features are kept on disk (`features.extract`). Returns None where the head is not one
+    linear layer on them.
     """
     model, division = inputs.model, inputs.division
     if model.head is None or (isinstance(model, ViT) and model.pre_logits is not None):
@@ -110,11 +109,7 @@ def start_from_probe(inputs: Inputs, console: Console) -> Probe | None:
                     ),
                 )
         status.update("fitting a head to the features")
-        probe = _probe(found["train"], found.get("val"), len(inputs.source.classes))
-    with torch.no_grad():
-        model.head.weight.copy_(probe.weight)
-        model.head.bias.copy_(probe.bias)
-    return probe
+        return _probe(found["train"], found.get("val"), len(inputs.source.classes))
 
 
 def _probe(train: Features, val: Features | None, classes: int) -> Probe:

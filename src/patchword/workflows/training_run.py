@@ -31,14 +31,14 @@ from patchword.training.parallel import (
     resolve_precision,
 )
 from patchword.training.recipes import base_spec, find_recipe
-from patchword.training.trainer import Trainer
+from patchword.training.trainer import Trainer, set_head
 from patchword.training.tuning import trained_count
 from patchword.weights.loading import load_model
 from patchword.weights.pretrained import suggested
 from patchword.workflows import runs
 from patchword.workflows.inputs import Inputs
 from patchword.workflows.reporting import report_run
-from patchword.workflows.starting import memory_explained, settle, start_from_probe
+from patchword.workflows.starting import memory_explained, probe_head, settle
 
 logger = logging.getLogger("patchword")
 FEW_IMAGES = 100_000
@@ -131,8 +131,9 @@ def _train(
     inputs.fill_cache(console)
     checkpoints = Checkpoints(run, spec.keep)
     newest = None if fresh else checkpoints.newest()
-    if spec.start == "probe" and newest is None:
-        probe = start_from_probe(inputs, console)
+    probe = None
+    if spec.probe and newest is None:
+        probe = probe_head(inputs, console)
         if probe is not None:
             _say_probe(console, probe, division, time.monotonic() - started)
     if fresh:
@@ -142,6 +143,9 @@ def _train(
         _say_better(console, spec, source, len(division["train"]))
     _say_cost(console, spec, model, len(division["train"]))
     dtype = resolve_precision(spec.precision, device)
+    ready = None if probe is None else (probe.weight, probe.bias)
+    if ready is not None and spec.steps == 0 and model.head is not None:  # that is all of the run
+        set_head(model.head, ready)
     trainer = Trainer(model, spec, device, dtype, inputs.class_weights())
     if newest is not None:
         trainer.read(*newest)
@@ -159,6 +163,7 @@ def _train(
         steps_per_epoch=len(division["train"]) / spec.batch_size,
         locate=source.location,
         extra_log=_tensorboard(run, spec, progress.step),
+        ready_head=ready,
     )
     with memory_explained(spec):
         training.fit()
