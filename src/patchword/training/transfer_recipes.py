@@ -10,6 +10,8 @@ from typing import Any
 
 IMAGENET = 1_281_167
 BILINEAR = {"interpolation": "bilinear"}
+SHAPE_KEPT = {"resize": "short", "crop_fraction": 0.875}
+"""the middle of the photo, also for weights whose own images were stretched to a square"""
 TRANSFER: dict[str, dict[str, Any]] = {
     "transfer": {
         "title": "fine-tuning on a folder of photos; what `train DATA --init WEIGHTS` does",
@@ -21,6 +23,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
             "probe": True,
             "epochs": 20.0,
             "batch_size": 64,
+            "preprocess": SHAPE_KEPT,
             "augment": {"crop_area": [0.25, 1.0]},
             "optim": {
                 "lr": 1e-4,
@@ -35,7 +38,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
         "source": "ours: logistic regression, its regulariser chosen on the val part",
         "expected": "in a minute what the weights are worth as they are",
         "images": None,
-        "settings": {"probe": True, "steps": 0, "batch_size": 64},
+        "settings": {"probe": True, "steps": 0, "batch_size": 64, "preprocess": SHAPE_KEPT},
     },
     "finetune-adamw": {
         "title": "fine-tuning all weights at length, strongly regularised",
