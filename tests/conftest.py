@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small: two threads wait for each other
 
 _cache = tempfile.TemporaryDirectory(prefix="patchword-features-")
 os.environ["PATCHWORD_CACHE"] = _cache.name
