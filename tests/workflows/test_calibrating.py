@@ -114,7 +114,7 @@ def test_the_best_weights_of_a_run_are_replaced(run: Path, photos: Path, command
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True)
     )
-    assert patchword.weights.loading.describe_weights(run).extra == extra  # type: ignore[attr-defined]
+    assert describe_weights(run).extra == extra
     assert damage(file.parent.resolve()) is None
     assert not list(file.parent.glob(".*"))
     last = load_model(run / "last")
