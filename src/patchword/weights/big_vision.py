@@ -39,6 +39,7 @@ from patchword.weights.mapping import (
     Shapes,
     count,
     each,
+    prefixed,
     repeated,
     rule,
     shape_of,
@@ -68,10 +69,7 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         ignored += (f"{prefix}pre_logits/.*",)
     return Found(
         spec=spec,
-        rules=[
-            Rule(r.ours, tuple(prefix + name for name in r.theirs), r.op)
-            for r in _rules(spec, merged)
-        ],
+        rules=prefixed(_rules(spec, merged), prefix),
         preprocess=preprocess(
             spec.in_channels, resize="stretch" if prefix.endswith("img/") else "short"
         ),

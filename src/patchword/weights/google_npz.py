@@ -38,6 +38,7 @@ from patchword.weights.mapping import (
     Shapes,
     Written,
     count,
+    prefixed,
     repeated,
     rule,
     shape_of,
@@ -187,7 +188,7 @@ def _rules(spec: ViTSpec | MixerSpec, prefix: str) -> list[Rule]:
     rules = _mixer_rules(spec) if isinstance(spec, MixerSpec) else _vit_rules(spec)
     if spec.num_classes:
         rules += dense("head", "head")
-    return [Rule(r.ours, tuple(prefix + name for name in r.theirs), r.op) for r in rules]
+    return prefixed(rules, prefix)
 
 
 def _vit_rules(spec: ViTSpec) -> list[Rule]:

@@ -127,6 +127,11 @@ def repeated(rules: Iterable[Rule], count: int) -> list[Rule]:
     ]
 
 
+def prefixed(rules: Iterable[Rule], prefix: str) -> list[Rule]:
+    """The rules with `prefix` before each of their names."""
+    return [Rule(r.ours, tuple(prefix + name for name in r.theirs), r.op) for r in rules]
+
+
 def stacked(rules: Iterable[Rule], count: int) -> list[Rule]:
     """The rules of `count` blocks that theirs holds one after the other along a first axis of each
     tensor; `{i}` stands in our names alone."""

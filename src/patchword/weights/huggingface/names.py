@@ -21,6 +21,7 @@ from patchword.weights.mapping import (
     joined,
     layer,
     patches,
+    prefixed,
     repeated,
     rule,
     viewed,
@@ -200,7 +201,7 @@ def rules_for(
         body.append(rule("registers", "embeddings.register_tokens"))
     if spec.pool == "map":
         body += POOL
-    rules = [Rule(r.ours, tuple(prefix + name for name in r.theirs), r.op) for r in body]
+    rules = prefixed(body, prefix)
     if spec.num_classes:
         teacher = spec.distillation == "head"
         rules += layer("head", "cls_classifier" if teacher else "classifier")
