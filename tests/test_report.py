@@ -268,6 +268,19 @@ def test_a_run_that_recorded_little_still_has_a_report(tmp_path: Path) -> None:
     assert "NaN" not in text + card
 
 
+def test_a_head_alone_has_no_curves(tmp_path: Path) -> None:
+    """Measured once, at step 0: the page has no section on training, nor a link to it."""
+    run = make_run(tmp_path / "run", ["a", "b"])
+    result = measured(["a", "b"])
+    drawn = write_report(run, result=result, split="test").read_text(encoding="utf-8")
+    assert 'id="curves"' in drawn
+    (run / "metrics.jsonl").write_text("")
+    line = {"step": 0, "split": "val", "weights": "raw", "n": 90, "top1": 0.7, "loss": 1.0}
+    (run / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    text = write_report(run, result=result, split="test").read_text(encoding="utf-8")
+    assert "curves" not in text
+
+
 def test_a_perfect_result_says_so(tmp_path: Path) -> None:
     logits = torch.eye(4)[torch.arange(40) % 4] * 9
     batch = Batch(

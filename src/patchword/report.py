@@ -223,7 +223,7 @@ def _plot(
     mark: tuple[float, str] | None = None,
 ) -> str:
     drawn = [item for item in series if item is not None]
-    if not drawn:
+    if len({x for item in drawn for x in item.x}) < 2:  # one step is no curve
         return ""
     png = draw_curves(drawn, title, y_label, percent=percent, mark=mark)
     last = "; ".join(
