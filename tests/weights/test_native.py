@@ -121,6 +121,16 @@ def test_a_swapped_header_is_found(tmp_path: Path, scattered: Make):
     assert file.classes[:2] == ("cat", "dog")
 
 
+def test_files_that_hold_no_model_of_ours_are_named_as_such(tmp_path: Path):
+    foreign = tmp_path / "timm.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 8)}, foreign, metadata={"format": "pt"})
+    with pytest.raises(PatchwordError, match="was not written by patchword"):
+        load_tensors(foreign)
+    save_tensors(tmp_path / "optimizer.safetensors", {"a/b": torch.zeros(1)}, {})
+    with pytest.raises(PatchwordError, match="holds no model: its header lacks 'model'"):
+        load_model(tmp_path / "optimizer.safetensors")
+
+
 def test_wrong_tensors_are_named_and_counted(tmp_path: Path, scattered: Make):
     path = save_model(scattered(depth=2), tmp_path / "m.safetensors")
     tensors, header = load_tensors(path)

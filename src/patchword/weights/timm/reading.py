@@ -48,11 +48,8 @@ def recognises(shapes: Shapes) -> bool:
 
 def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     """The spec and the rules of a ViT's names and shapes; see `timm.find`."""
+    _refuse(shapes, config)
     notes: list[str] = []
-    refuse_named(config, NOT_OURS)
-    for pattern, what in NOT_OUR_TENSORS:
-        if any(re.match(pattern, name) for name in shapes):
-            raise PatchwordError(f"this timm model has {what}, which patchword has not; use timm")
     named = _arguments(config)
     width, channels, *kernel = shape_of(shapes, "patch_embed.proj.weight", 4)
     stem = _stem(shapes)
@@ -111,6 +108,14 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         ignored=LEFTOVERS if spec.pool == "map" else (*LEFTOVERS, r"attn_pool\..*"),
         notes=tuple(notes),
     )
+
+
+def _refuse(shapes: Shapes, config: Config) -> None:
+    """Raises `PatchwordError` if the model only looks like ours, by its name or its tensors."""
+    refuse_named(config, NOT_OURS)
+    for pattern, what in NOT_OUR_TENSORS:
+        if any(re.match(pattern, name) for name in shapes):
+            raise PatchwordError(f"this timm model has {what}, which patchword has not; use timm")
 
 
 def _arguments(config: Config) -> Arguments:
