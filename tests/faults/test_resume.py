@@ -2,11 +2,12 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
 import patchword
-from patchword.parsing import Interrupted
+from patchword.parsing import Interrupted, PatchwordError, UsageError
 from patchword.training.checkpoint import Checkpoints
 from patchword.training.loop import Run
 from patchword.weights.files import find_weights
@@ -63,6 +64,32 @@ def test_fine_tuning_stopped_after_every_step(tmp_path, train, stopped_at, state
     plain, _ = load_tensors(find_weights(tmp_path / "stopped"))
     start, _ = load_tensors(find_weights(tmp_path / "start"))
     assert plain.keys() == start.keys()
+
+
+@pytest.mark.parametrize("kind", [*TUNINGS, "probe"])
+def test_the_weights_to_start_from_are_needed_only_at_the_start(
+    tmp_path, train, stopped_at, state_of, kind
+):
+    """Without them a run goes on to the same bits, is finished, and still knows its settings."""
+    start = tmp_path / "start"
+    train(start, steps=2)
+    settings = {"init": start, "recipe": "transfer", "width": None, "depth": None}
+    settings |= {"resize": "stretch"} | TUNINGS.get(kind, {"probe": True})
+    train(tmp_path / "whole", **settings)
+    with pytest.raises(stopped_at(5)):
+        train(tmp_path / "stopped", **settings)
+    shutil.rmtree(start)
+    train(tmp_path / "stopped", **settings)
+    assert state_of(tmp_path / "stopped") == state_of(tmp_path / "whole")
+    assert train(tmp_path / "whole", **settings).result is None
+    changes = {"image_size": 24, "resize": "short", "drop_path": 0.5}
+    for name, value in changes.items():
+        with pytest.raises(UsageError, match=f"other settings of .*{name}"):
+            train(tmp_path / "whole", **settings | {name: value})
+    with pytest.raises(UsageError, match="not ViT-S/16"):
+        train(tmp_path / "whole", **settings | {"model": "ViT-S/16"})
+    with pytest.raises(PatchwordError, match="no such file"):
+        train(tmp_path / "whole", **settings | {"init": tmp_path / "other"})
 
 
 def test_stopped_after_every_step_with_workers(tmp_path, train, stopped_at, state_of):

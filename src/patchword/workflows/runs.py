@@ -30,6 +30,8 @@ from patchword.models.zoo import (
     exaflops,
     model_family,
     model_spec,
+    spec_from_dict,
+    spec_to_dict,
     variant_name,
 )
 from patchword.parsing import PatchwordError, UsageError, differences, nearest, parse, to_dict
@@ -43,6 +45,8 @@ from patchword.weights.loading import describe_weights, transfer
 
 logger = logging.getLogger("patchword")
 CONFIG, SUMMARY, SPLITS = "config.json", "summary.json", "splits.json"
+INIT = "init.json"
+"""what the weights are that the run starts from: they themselves are needed only at the start"""
 SWEEP = "sweep.json"
 """in the folder of a sweep or of repeated runs"""
 
@@ -92,7 +96,7 @@ def clear(run: Path) -> None:
 
 def _strangers(run: Path) -> list[str]:
     """What a folder holds that is not left by a run which was stopped before it started."""
-    ours = {"environment.json", "classes.json", SPLITS, f"{SPLITS}.tmp"}
+    ours = {"environment.json", "classes.json", INIT, SPLITS, f"{SPLITS}.tmp"}
     names = {entry.name for entry in run.iterdir()} if run.exists() else set()
     return sorted(name for name in names - ours if not name.startswith("."))
 
@@ -124,6 +128,7 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
             workers=stored.workers if asked.workers is None else asked.workers,
         ),
         division,
+        _stored_start(run) if asked.init == stored.init else None,
     )
     optim = filled.optim
     if optim.rates:
@@ -142,8 +147,30 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
     return filled
 
 
-def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
-    """Everything automatic but a length in time, made definite.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The model of the weights that a run starts from."""
+
+    spec: ModelSpec
+    preprocess: PreprocessSpec
+
+
+def _start(init: str, trust_pickle: bool) -> Start:
+    file = describe_weights(init, trust_pickle=trust_pickle)
+    return Start(file.spec, file.preprocess)
+
+
+def _stored_start(run: Path) -> Start | None:
+    try:
+        values = json.loads((run / INIT).read_text(encoding="utf-8"))
+        return Start(spec_from_dict(values["model"]), parse(PreprocessSpec, values["preprocess"]))
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def resolve(spec: TrainSpec, division: Division, start: Start | None = None) -> TrainSpec:
+    """Everything automatic but a length in time, made definite; `start` is what the weights of
+    `init` are, if they need not be looked at.
 
     Raises `UsageError` if the model or the length is missing, the weights of `init` are of another
     model than the one named, or the model has no such option.
@@ -152,9 +179,9 @@ def resolve(spec: TrainSpec, division: Division) -> TrainSpec:
     dtype = resolve_precision(spec.precision, device)
     base, size, model = PreprocessSpec(), spec.image_size or (224,), spec.model
     if spec.init is not None:
-        file = describe_weights(spec.init, trust_pickle=spec.trust_pickle)
-        base, model, family = file.preprocess, variant_name(file.spec), type(file.spec)
-        size = spec.image_size or file.spec.image_size
+        start = start or _start(spec.init, spec.trust_pickle)
+        base, model, family = start.preprocess, variant_name(start.spec), type(start.spec)
+        size = spec.image_size or start.spec.image_size
         if spec.model not in (None, model):
             raise UsageError(
                 f"--init {spec.init} holds {model}, not {spec.model}; leave out --model, or use "
@@ -284,6 +311,10 @@ def store(run: Path, spec: TrainSpec, source: Source, division: Division) -> Non
     save_division(run / SPLITS, source, division)
     replace_text(run / "classes.json", json.dumps(list(source.classes), indent=0))
     replace_text(run / "environment.json", json.dumps(environment(source), indent=1))
+    if spec.init is not None:
+        start = _start(spec.init, spec.trust_pickle)
+        values = {"model": spec_to_dict(start.spec), "preprocess": to_dict(start.preprocess)}
+        replace_text(run / INIT, json.dumps(values, indent=1))
     replace_text(run / CONFIG, json.dumps(to_dict(spec), indent=1))
 
 

@@ -33,6 +33,7 @@ from patchword.training.parallel import (
 from patchword.training.recipes import base_spec, find_recipe
 from patchword.training.trainer import Trainer, set_head
 from patchword.training.tuning import trained_count
+from patchword.weights.files import SINGLE
 from patchword.weights.loading import load_model
 from patchword.weights.pretrained import suggested
 from patchword.workflows import runs
@@ -125,12 +126,15 @@ def _train(
         make_deterministic()
     keep_memory()
     device = resolve_device(spec.device)
-    model = runs.build_model(spec, source)
+    checkpoints = Checkpoints(run, spec.keep)
+    newest = None if fresh else checkpoints.newest()
+    if newest is None or spec.init is None:
+        model = runs.build_model(spec, source)
+    else:  # the weights of `init` may have gone since
+        model = load_model(newest[0] / SINGLE)
     inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
     _say_data(console, source, division, spec)
     inputs.fill_cache(console)
-    checkpoints = Checkpoints(run, spec.keep)
-    newest = None if fresh else checkpoints.newest()
     probe = None
     if spec.probe and newest is None:
         probe = probe_head(inputs, console)
