@@ -119,6 +119,20 @@ def part_classifier(
     )
 
 
+def load_net(
+    model: str | Path | Model,
+    image_size: int | tuple[int, int] | None,
+    where: torch.device,
+    trust_pickle: bool,
+) -> Model:
+    """The model itself, loaded if only named, on the device and in evaluation mode."""
+    if not isinstance(model, Model):
+        return load_model(model, image_size=image_size, device=where, trust_pickle=trust_pickle)
+    if image_size is not None:
+        raise UsageError("image_size is for weights to load, a model has its own; leave it out")
+    return model.to(where).eval()
+
+
 def load_classifier(
     model: str | Path | Model,
     image_size: int | tuple[int, int] | None,
@@ -128,12 +142,7 @@ def load_classifier(
 ) -> tuple[Model, Working, torch.device]:
     """The model, the same as a function in the wanted precision, and where it runs."""
     where = resolve_device(device)
-    if isinstance(model, Model):
-        if image_size is not None:
-            raise UsageError("image_size is for weights to load, a model has its own; leave it out")
-        net = model.to(where).eval()
-    else:
-        net = load_model(model, image_size=image_size, device=where, trust_pickle=trust_pickle)
+    net = load_net(model, image_size, where, trust_pickle)
     if not net.spec.num_classes:
         raise PatchwordError(
             "the model has no head: it gives features, not classes; give one trained on classes"

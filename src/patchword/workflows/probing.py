@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from rich.console import Console
+from rich.status import Status
 
 from patchword.data.loader import OnBad
 from patchword.data.sources import Source, open_source
@@ -25,9 +26,8 @@ from patchword.models.model import Model
 from patchword.parsing import PatchwordError, UsageError, nearest
 from patchword.specs import DataSpec, Device, Precision
 from patchword.training.parallel import resolve_device, resolve_precision
-from patchword.weights.loading import load_model
 from patchword.workflows.inputs import eval_batch_size
-from patchword.workflows.measuring import eval_workers, known_parts, run_of
+from patchword.workflows.measuring import eval_workers, known_parts, load_net, run_of
 
 logger = logging.getLogger("patchword")
 ProbeName = Literal["fewshot", "knn", "logistic"]
@@ -123,27 +123,14 @@ def measure_probes(
         if name not in get_args(ProbeName):
             raise UsageError(f"unknown probe {name!r}{nearest(name, get_args(ProbeName))}")
     where = resolve_device(device)
-    if not isinstance(model, Model):
-        run = run_of(Path(model))
-        net = load_model(model, image_size=image_size, device=where, trust_pickle=trust_pickle)
-    elif image_size is not None:
-        raise UsageError("image_size is for weights to load, a model has its own; leave it out")
-    else:
-        run, net = None, model
+    run = None if isinstance(model, Model) else run_of(Path(model))
+    net = load_net(model, image_size, where, trust_pickle)
     source = open_source(str(data))
     parts = probe_parts(source, run, split, seed)
     console = console or Console(stderr=True, markup=False, emoji=False)
 
     def features(indices: np.ndarray, name: str) -> Features:
-        start = time.perf_counter()
         with console.status("") as status:
-
-            def progress(done: int, total: int) -> None:
-                rate = done / (time.perf_counter() - start)
-                status.update(
-                    f"features of {name}: {done:,}/{total:,} images, {rate:,.0f} a second"
-                )
-
             found = extract(
                 net,
                 source,
@@ -154,7 +141,7 @@ def measure_probes(
                 precision=str(resolve_precision(precision, where)).removeprefix("torch."),
                 cache=cache,
                 on_bad=on_bad_image,
-                progress=progress,
+                progress=_progress(status, name),
             )
         for index, reason in found.bad:
             logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
@@ -166,6 +153,17 @@ def measure_probes(
         development = features(parts.development, "val")
     with console.status("fitting the probes"):
         return _measure(source, parts, train, queries, development, probes, shots, seeds)
+
+
+def _progress(status: Status, name: str) -> Callable[[int, int], None]:
+    """Shows how many of a part's images are done, and how fast."""
+    start = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        rate = done / (time.perf_counter() - start)
+        status.update(f"features of {name}: {done:,}/{total:,} images, {rate:,.0f} a second")
+
+    return show
 
 
 def _measure(
