@@ -17,7 +17,7 @@ from patchword.data.sources import open_source
 from patchword.data.splits import load_division
 from patchword.evaluation.probe import sweep_logistic
 from patchword.features import extract
-from patchword.parsing import Interrupted, parse
+from patchword.parsing import Interrupted, PatchwordError, parse
 from patchword.specs import TrainSpec
 from patchword.training.log import read_lines
 from patchword.training.loop import Run
@@ -176,7 +176,7 @@ def test_a_stopped_run_goes_on_with_what_was_found(
         for name, value in whole.state_dict().items():
             assert torch.equal(value, cut.state_dict()[name]), name
     logs = [read_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "cut")]
-    assert [line["step"] for line in logs[0]] == [0, 3, 6]
+    assert [line["step"] for line in logs[0]] == [0, 0, 3, 3, 6, 6]  # raw, average
     kept = [[{k: v for k, v in line.items() if k != "time"} for line in log] for log in logs]
     assert kept[0] == kept[1]
 
@@ -214,3 +214,46 @@ def test_time_holds_for_the_whole(
     assert spec.steps is not None
     assert 0 < spec.steps < 8 / paces[0]
     assert "8s:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_time_too_short_for_a_step(
+    train: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    probe: bool,
+):
+    """The head that there is already is the result; without one the time is refused."""
+    monkeypatch.setattr(starting, "_pace", lambda *_, **__: 100.0)
+    settings = {"time": "60s", "probe": probe, "val_fraction": 0.2}
+    if not probe:
+        with pytest.raises(PatchwordError, match=r"--time 60s is too short: a step takes 1e\+02 s"):
+            train(tmp_path / "run", **settings)
+        assert not (tmp_path / "run" / "config.json").exists()
+        return
+    head = train(tmp_path / "head", recipe="head").summary
+    result = train(tmp_path / "run", **settings)
+    assert config(tmp_path / "run").steps == 0
+    assert result.summary["top1"] == head["top1"]
+    said = capsys.readouterr().err
+    assert "60s leaves no time to train in" in said
+    assert "too little time to try learning rates: 0.0001 it is" in said
+    assert train(tmp_path / "run", **settings).result is None
+
+
+def test_evaluations_take_no_more_than_their_share_of_the_time(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a resumed run knowing how often that was."""
+    monkeypatch.setattr(starting, "_limit", lambda _: 0.0)
+    monkeypatch.setattr(
+        starting, "_evaluation_time", lambda _, part: {"val": 1.0, "test": 1.0}[part]
+    )
+    settings = {"time": "8s", "average": 0.0}
+    train(tmp_path / "run", **settings)
+    spec = config(tmp_path / "run")
+    assert spec.steps is not None
+    assert spec.eval_every is not None
+    assert 1 <= spec.steps / spec.eval_every <= 0.2 * 8
+    assert train(tmp_path / "run", **settings).result is None

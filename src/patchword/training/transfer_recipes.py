@@ -22,7 +22,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
         "settings": {
             "probe": True,
             "epochs": 20.0,
-            "batch_size": 64,
+            "batch_size": 32,
             "preprocess": SHAPE_KEPT,
             "augment": {"crop_area": [0.25, 1.0]},
             "optim": {
@@ -30,6 +30,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
                 "rates": [3e-5, 1e-4, 3e-4],
                 "weight_decay": 0.05,
                 "warmup": 0.1,
+                "average": 0.9999,
             },
         },
     },

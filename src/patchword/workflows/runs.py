@@ -137,7 +137,8 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
         optim = dataclasses.replace(optim, accumulate=stored.optim.accumulate)
     filled = dataclasses.replace(filled, optim=optim)
     if filled.steps is None and stored.steps is not None:
-        filled = with_steps(filled, stored.steps)
+        every = filled.eval_every or stored.eval_every
+        filled = with_steps(dataclasses.replace(filled, eval_every=every), stored.steps)
     changes = differences(filled, stored, free=False)
     if changes:
         raise UsageError(

@@ -34,28 +34,33 @@ TRIAL_SHARE = 0.04
 """of the run's time or steps, for each learning rate tried"""
 TRIAL_IMAGES = 512
 """of the val part, on which the rates are compared"""
+EVALUATION_SHARE = 0.2
+"""of the time, at most, for evaluations on the val part where the user does not say how often"""
 
 
-def settle(spec: TrainSpec, inputs: Inputs, started: float, console: Console) -> TrainSpec:
+def settle(
+    spec: TrainSpec, inputs: Inputs, started: float, console: Console, *, ready: bool
+) -> TrainSpec:
     """`spec` with everything that had to be measured on this machine and data; `started` is when
-    the run's time began (monotonic seconds). The inputs' model stays as it is.
+    the run's time began (monotonic seconds), `ready` whether there is a model without training. The
+    inputs' model stays as it is.
 
-    Raises `PatchwordError` if the time is too short, or the memory too small.
+    Raises `PatchwordError` if the memory is too small, or the time too short and nothing ready.
     """
     inputs.spec = spec
     if spec.probe:
         spec = _fitting_batch(inputs, console)
         inputs.spec = spec
     with memory_explained(spec):
-        trials = bool(spec.optim.rates) and len(inputs.division["val"]) > 0
-        if spec.steps != 0 and (spec.steps is None or trials):
+        timed, pace = spec.steps is None, 0.0
+        if timed:
             with console.status("measuring the time of a step"):
                 pace = _pace(_trial(inputs, 1000), inputs, _limit(spec))
-            if trials:
-                spec = _chosen_rate(inputs, pace, console)
-                inputs.spec = spec
-            if spec.steps is None:
-                spec = runs.with_steps(spec, _steps_in_time(inputs, pace, started, console))
+        if spec.steps != 0 and spec.optim.rates and len(inputs.division["val"]):
+            spec = _chosen_rate(inputs, pace, console)
+            inputs.spec = spec
+        if timed:
+            spec = _in_time(inputs, pace, started, console, ready)
     inputs.spec = spec
     return spec
 
@@ -175,7 +180,11 @@ def _chosen_rate(inputs: Inputs, pace: float, console: Console) -> TrainSpec:
     weights and over the same batches, ends with the lowest loss on the val part."""
     spec = inputs.spec
     if spec.steps is None:
-        count = max(5, int(TRIAL_SHARE * seconds(spec.time or "") / pace))
+        count = int(TRIAL_SHARE * seconds(spec.time or "") / pace)
+        if count < 5:
+            said = f"too little time to try learning rates: {spec.optim.lr:g} it is"
+            console.print(said, highlight=False)
+            return spec
     else:
         count = max(5, min(100, int(TRIAL_SHARE * spec.steps)))
     losses: dict[float, float] = {}
@@ -224,40 +233,53 @@ def _trial(inputs: Inputs, steps: int, rate: float | None = None) -> Trainer:
 
 def _limit(spec: TrainSpec) -> float:
     """Seconds to measure the pace for."""
-    return 2.0 if spec.time is None else min(30.0, 0.03 * seconds(spec.time))
+    return min(30.0, 0.03 * seconds(spec.time or ""))
 
 
-def _steps_in_time(inputs: Inputs, pace: float, started: float, console: Console) -> int:
-    """How many steps fit into `spec.time`, the evaluations timed on a sample and 5 % in hand.
+def _in_time(
+    inputs: Inputs, pace: float, started: float, console: Console, ready: bool
+) -> TrainSpec:
+    """The spec with as many steps as fit into its time with the evaluations, which are timed on a
+    sample, and 5 % in hand; none if that is too short for a step and a model is `ready`.
 
-    Raises `PatchwordError` if the time is too short for a step.
+    Raises `PatchwordError` if it is too short and none is.
     """
     spec = inputs.spec
     budget = seconds(spec.time or "")
-    evaluations = 0.0
-    rounds = 10 if spec.eval_every is None else int(budget / pace / spec.eval_every) + 1
-    for part, times in (("val", rounds * (2 if spec.optim.average else 1)), ("test", 1)):
-        size = len(inputs.division[part])
-        sample = min(size, 4 * eval_batch_size(inputs.model))
-        if sample:
-            began = time.monotonic()
-            inputs.evaluator(part, sample)(inputs.model.eval())
-            evaluations += times * (time.monotonic() - began) * size / sample
-    left = 0.95 * (budget - (time.monotonic() - started)) - evaluations
-    steps = int(left / pace)
-    if steps < 1:
+    val = _evaluation_time(inputs, "val") * (2 if spec.optim.average else 1)
+    left = 0.95 * (budget - (time.monotonic() - started)) - _evaluation_time(inputs, "test")
+    if spec.eval_every is None:
+        rounds = max(1, min(10, int(EVALUATION_SHARE * left / val))) if val else 10
+        steps = int((left - rounds * val) / pace)
+        spec = dataclasses.replace(spec, eval_every=max(1, math.ceil(steps / rounds)))
+    else:
+        steps = int(left / (pace + val / spec.eval_every))
+    if steps < 1 and not ready:
         raise PatchwordError(
-            f"--time {spec.time} is too short: preparing and {evaluations:.0f} s of evaluations "
-            "leave nothing to train in; give more time, or a larger --eval-every"
+            f"--time {spec.time} is too short: a step takes {pace:.2g} s, an evaluation {val:.2g} "
+            f"s, and {max(left, 0):.0f} s are left for them; give more time"
         )
-    console.print(
-        f"{spec.time}: {steps:,} steps of {pace:.3f} s, {evaluations:.0f} s of evaluation",
-        highlight=False,
+    said = (
+        f"{spec.time}: {steps:,} steps of {pace:.3f} s"
+        if steps > 0
+        else (f"{spec.time} leaves no time to train in: the head on frozen features is the model")
     )
-    return steps
+    console.print(said, highlight=False, soft_wrap=True)
+    return runs.with_steps(spec, max(0, steps))
 
 
-def _pace(trainer: Trainer, inputs: Inputs, limit: float, steps: int = 13) -> float:
+def _evaluation_time(inputs: Inputs, part: str) -> float:
+    """Seconds that the evaluation of a part takes, by a sample of it."""
+    size = len(inputs.division[part])
+    sample = min(size, 4 * eval_batch_size(inputs.model))
+    if not sample:
+        return 0.0
+    began = time.monotonic()
+    inputs.evaluator(part, sample)(inputs.model.eval())
+    return (time.monotonic() - began) * size / sample
+
+
+def _pace(trainer: Trainer, inputs: Inputs, limit: float, steps: int = 4) -> float:
     """Mean seconds per step over `steps` steps and `limit` seconds at least, but for the first
     three."""
     taken: list[float] = []

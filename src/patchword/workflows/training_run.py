@@ -141,7 +141,7 @@ def _train(
         if probe is not None:
             _say_probe(console, probe, division, time.monotonic() - started)
     if fresh:
-        spec = settle(spec, inputs, started, console)
+        spec = settle(spec, inputs, started, console, ready=probe is not None)
         runs.clear(run)  # only now: a run that cannot start overwrites nothing
         runs.store(run, spec, source, division)
         _say_better(console, spec, source, len(division["train"]))
