@@ -122,13 +122,12 @@ def write_csv(found: Sequence[Prediction], may_abstain: bool) -> None:
 
 def show_calibration(done: Calibrated) -> None:
     """Each part before and after."""
-    columns = ("images", "", "temperature", "top-1", "loss", "calibration error", "Brier")
-    table = table_of(*columns)
+    table = table_of("images", "", "temperature", "top-1", "loss", "ECE", "Brier")
     for part in done.parts:
         temperatures = (1.0, done.calibration.temperature)
         for t, result in zip(temperatures, (part.before, part.after), strict=True):
             table.add_row(
-                f"{result.n:,} ({part.part})",
+                f"{result.n:,}",
                 part.role,
                 f"{t:.4g}",
                 f"{100 * result.top1:.2f} %",
