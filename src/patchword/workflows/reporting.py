@@ -9,7 +9,7 @@ from patchword.card import write_model_card
 from patchword.data.images import BadImage, decode
 from patchword.data.sources import Source
 from patchword.evaluation.classify import Classification
-from patchword.inspection.figures import embedding_figures
+from patchword.inspection.embedding_figures import embedding_figures
 from patchword.models.model import Model
 from patchword.report import THUMBNAIL, Mistake, write_report
 
