@@ -117,7 +117,15 @@ class ViT(Model[ViTSpec]):
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: `[B, C, H, W]` to `[B, prefix + N, D]`: class token, distillation token,
         registers, patches."""
-        x = self.patch_embedding(images if self.stem is None else self.stem(images))
+        return self.placed(self.patches(images))
+
+    def patches(self, images: Tensor) -> Tensor:
+        """The patch embeddings alone, `[B, C, H, W]` to `[B, N, D]`, without positions."""
+        return self.patch_embedding(images if self.stem is None else self.stem(images))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Patch embeddings `[B, N, D]` with the tokens before them and the positions added, `[B,
+        prefix + N, D]`."""
         firsts = [
             tokens.expand(len(x), -1, -1)
             for tokens in (self.class_token, self.distillation_token, self.registers)
