@@ -1,16 +1,21 @@
-"""What the tests of figures share."""
+"""What the tests share: the pixels of a figure, small models with random weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from patchword.architecture import ViTSpec
 from patchword.inspection.drawing import encode
+from patchword.models.vit import ViT
 
 
 def _pixels(drawn: bytes | Figure) -> np.ndarray:
@@ -34,3 +39,29 @@ def pixels() -> Callable[[bytes | Figure], np.ndarray]:
 def share_of() -> Callable[..., float]:
     """`share_of(pixels, colour, tolerance)`: the share of pixels of that colour."""
     return _share_of
+
+
+SMALL = ViTSpec(
+    depth=2,
+    width=64,
+    mlp_width=32,
+    heads=2,
+    patch_size=(4, 2),
+    image_size=(12, 10),
+    num_classes=5,
+)
+
+
+def _random_vit(**options: Any) -> ViT:
+    model = ViT(dataclasses.replace(SMALL, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def random_vit() -> Callable[..., ViT]:
+    """`random_vit(**spec)`: a ViT of two layers and two heads on a grid of 3 x 5 patches of 4 x 2
+    pixels, no parameter of which is at its initial value."""
+    return _random_vit
