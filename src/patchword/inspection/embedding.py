@@ -95,29 +95,30 @@ class PositionStructure:
     neighbour: float | None
     """mean similarity of patches side by side or one above the other, in [-1, 1]"""
     far: float | None
-    """mean similarity of patches at least half the grid's longest distance apart, in [-1, 1]"""
+    """mean similarity of patches at least half the longest distance on the grid apart, in
+    [-1, 1]"""
 
 
 def position_structure(similarity: ArrayLike) -> PositionStructure:
     """Row and column structure of `position_similarity`, `[rows, cols, rows, cols]` (section 4.5:
     closer patches are more alike, and so are patches of the same row or column).
 
-    Distances are counted in patches, and rounded to compare equal ones. `row` and `column` are
-    means over all pairs at distances at which there are pairs of either kind.
+    Distances are counted in patches. `row` and `column` are means over all pairs of the row or
+    column as far apart as some pairs that share neither, at least sqrt(2): each pair less the mean
+    similarity of those, linear between the distances at which there are any.
     """
     values = np.asarray(similarity, dtype=np.float64)
     rows, cols = values.shape[:2]
     y, x = (axis.ravel() for axis in np.mgrid[:rows, :cols])
     down, across = np.abs(y[:, None] - y), np.abs(x[:, None] - x)
-    distance = np.hypot(down, across)
+    square = down**2 + across**2
     flat = values.reshape(rows * cols, rows * cols)
     neither = (down > 0) & (across > 0)
-    far = (distance > 0) & (distance >= distance.max() / 2)
     return PositionStructure(
-        row=_excess(flat, (down == 0) & (across > 0), neither, distance),
-        column=_excess(flat, (down > 0) & (across == 0), neither, distance),
-        neighbour=_mean(flat[distance == 1]),
-        far=_mean(flat[far]),
+        row=_excess(flat, (down == 0) & (across > 0), neither, square),
+        column=_excess(flat, (down > 0) & (across == 0), neither, square),
+        neighbour=_mean(flat[square == 1]),
+        far=_mean(flat[(square > 0) & (4 * square >= square.max())]),
     )
 
 
@@ -125,22 +126,16 @@ def _excess(
     values: NDArray[np.float64],
     some: NDArray[np.bool_],
     others: NDArray[np.bool_],
-    distance: NDArray[np.float64],
+    square: NDArray[np.int64],
 ) -> float | None:
     """Mean over the pairs `some` of how much they exceed the mean of the `others` as far apart."""
-    step = distance.round().astype(np.int64)
-    sums, counts = (
-        [np.bincount(step[pairs], weights, step.max() + 1) for pairs, weights in kinds]
-        for kinds in (
-            [(some, values[some]), (others, values[others])],
-            [(some, None), (others, None)],
-        )
-    )
-    both = (counts[0] > 0) & (counts[1] > 0)
-    if not both.any():
+    levels, place = np.unique(square[others], return_inverse=True)
+    if not len(levels):
         return None
-    excess = sums[0][both] - counts[0][both] * sums[1][both] / counts[1][both]
-    return float(excess.sum() / counts[0][both].sum())
+    curve = np.bincount(place, values[others]) / np.bincount(place)
+    near = some & (square >= levels[0]) & (square <= levels[-1])
+    expected = np.interp(np.sqrt(square[near]), np.sqrt(levels), curve)
+    return _mean(values[near] - expected)
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
