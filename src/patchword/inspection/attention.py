@@ -45,6 +45,12 @@ def distance_of(
     return torch.where(total > 0, far / total, math.nan).nanmean(-1)
 
 
+def uniform_distance(spec: ViTSpec) -> float:
+    """`distance_of` a head that attends to all patches alike, in pixels: the mean over all pairs of
+    patches."""
+    return float(_distances(spec.grid, spec.patch_size).mean())
+
+
 def entropy_of(weights: Tensor) -> Tensor:
     """Entropy in nats, from 0 to log T, of softmax weights `[..., T, T]`: `[...]`, the mean over
     all queries."""
