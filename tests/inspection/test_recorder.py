@@ -12,6 +12,12 @@ import torch
 
 from patchword.architecture import MixerSpec, ResNetSpec, StemSpec
 from patchword.inspection import recorder
+from patchword.inspection.attention import (
+    attention_distance,
+    attention_entropy,
+    attention_maps,
+    rollout,
+)
 from patchword.inspection.recorder import (
     attend,
     attention_inputs,
@@ -98,13 +104,22 @@ def test_layers_are_the_weights_of_the_inputs(random_vit: Make) -> None:
         assert not weights.requires_grad
 
 
-def test_one_layer_is_in_memory_at_a_time(random_vit: Make) -> None:
-    model = random_vit(depth=5)
-    gone: list[weakref.ref[torch.Tensor]] = []
-    for weights in attention_layers(model, images_for(model)):
-        assert not any(earlier() is not None for earlier in gone)
-        gone.append(weakref.ref(weights))
-    assert len(gone) == 5
+@pytest.mark.parametrize("read", [attention_distance, attention_entropy, attention_maps, rollout])
+def test_one_layer_is_in_memory_at_a_time(
+    read: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, random_vit: Make
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(*given: Any) -> torch.Tensor:
+        assert not any(earlier() is not None for earlier in made)
+        weights = attention_weights(*given)
+        made.append(weakref.ref(weights))
+        return weights
+
+    monkeypatch.setattr(recorder, "attention_weights", watched)
+    model = random_vit(depth=4)
+    read(model, images_for(model))
+    assert len(made) == 4
 
 
 def test_the_model_is_as_it_was(random_vit: Make) -> None:

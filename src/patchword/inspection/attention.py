@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from patchword.inspection.recorder import attention_layers, batched, require_vit
 from patchword.parsing import PatchwordError, UsageError
 
 Array = NDArray[np.float64]
+Result = TypeVar("Result")
 
 
 # Of attention that is given ----------------------------------------------------------------------
@@ -68,6 +69,7 @@ def rollout_of(layers: Iterable[Tensor]) -> Tensor:
     product = None
     for weights in layers:
         mean = weights.mean(1)
+        del weights  # before the next layer's are computed
         mean.diagonal(dim1=-2, dim2=-1).add_(1)
         mean = mean / mean.sum(-1, keepdim=True)
         product = mean if product is None else mean @ product
@@ -119,9 +121,7 @@ def measure_attention(model: nn.Module, batches: Iterable[Tensor]) -> AttentionM
     return AttentionMeasures(distance, entropy, images)
 
 
-def attention_maps(
-    model: nn.Module, images: Tensor, query: tuple[int, int] | None = None
-) -> NDArray[np.float64]:
+def attention_maps(model: nn.Module, images: Tensor, query: tuple[int, int] | None = None) -> Array:
     """How much a query attends to each patch: `[B, layers, heads, rows, cols]`.
 
     `query`: a patch (row, column), from 0; by default the class token, or without one the mean over
@@ -131,11 +131,12 @@ def attention_maps(
     """
     spec = require_vit(model).spec
     asked = _asked(spec, query)
-    maps = [
-        np.stack([_array(_row(weights, spec, asked)) for weights in attention_layers(model, part)])
-        for part in batched(model, images)
-    ]
-    return np.concatenate(maps, axis=1).swapaxes(0, 1)
+
+    def ask(weights: Tensor) -> Array:
+        return _array(_row(weights, spec, asked))
+
+    maps = [np.stack(_each(ask, model, part), axis=1) for part in batched(model, images)]
+    return np.concatenate(maps)
 
 
 def rollout(model: nn.Module, images: Tensor) -> Array:
@@ -160,16 +161,15 @@ def _means(
 ) -> tuple[list[Array], int]:
     """The mean over all images of each measure, `[B, h, T, T]` to `[B, h]`: `[layers, heads]` each,
     leaving out what is NaN; and the number of images."""
+
+    def measured(weights: Tensor) -> list[Array]:
+        return [_array(measure(weights)) for measure in measures]
+
     sums, counts, images = 0.0, 0, 0
     for batch in batches:
         for part in batched(model, batch):
-            values = np.stack(
-                [
-                    [_array(measure(weights)) for measure in measures]
-                    for weights in attention_layers(model, part)
-                ],
-                axis=1,
-            )  # [measures, layers, B, heads]
+            # [measures, layers, B, heads]
+            values = np.stack(_each(measured, model, part), axis=1)
             sums = sums + np.nansum(values, axis=2)
             counts = counts + np.isfinite(values).sum(axis=2)
             images += len(part)
@@ -177,6 +177,12 @@ def _means(
         raise PatchwordError("no images to measure attention on; give one at least")
     means = np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
     return list(means), images
+
+
+def _each(take: Callable[[Tensor], Result], model: nn.Module, images: Tensor) -> list[Result]:
+    """What is taken of each layer's attention. A loop's own variable would hold one layer's while
+    the next is computed; `map` does not."""
+    return list(map(take, attention_layers(model, images)))
 
 
 def _asked(spec: ViTSpec, query: tuple[int, int] | None) -> int | None:

@@ -7,6 +7,7 @@ ordinary pass, from what goes into each block: one layer's `[B, h, T, T]` is in 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import cast
 
@@ -70,7 +71,6 @@ def attend(attention: SelfAttention, weights: Tensor, x: Tensor) -> Tensor:
     return attention.projection(mixed.reshape(b, weights.shape[2], width))
 
 
-@torch.no_grad()
 def attention_layers(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
     """The attention of one layer after another, each `[B, h, T, T]` as in `attention_weights`; T is
     the spec's `prefix` (class token, distillation token, registers, in this order) + N patches.
@@ -80,8 +80,8 @@ def attention_layers(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
     and what the caller keeps. Raises `PatchwordError` if the model is no ViT and if the images are
     of another size.
     """
-    for attention, x, position in attention_inputs(model, images):
-        yield attention_weights(attention, x, position)
+    # no generator under torch.no_grad(): that one holds what it has yielded until the next
+    return itertools.starmap(torch.no_grad()(attention_weights), attention_inputs(model, images))
 
 
 @torch.no_grad()
