@@ -20,7 +20,7 @@ from patchword.report.markup import listed
 from patchword.report.result import THUMBNAIL, Mistake
 from patchword.training.checkpoint import replace_text
 
-__all__ = ["THUMBNAIL", "Mistake", "write_report"]
+__all__ = ["THUMBNAIL", "Mistake", "write_page", "write_report"]
 
 
 def write_report(
@@ -53,19 +53,19 @@ def write_report(
         ("reproduce", "Reproduce", of_run.reproduce(about, reproduce)),
         ("notes", "Notes", listed(said)),
     ]
-    page = _page(about, result, split, len(said), [s for s in sections if s[2]])
-    path = run / "report.html"
+    return write_page(about, _headline(about, result, split, len(said)), sections)
+
+
+def write_page(run: RunFacts, headline: str, sections: Sequence[tuple[str, str, str]]) -> Path:
+    """Write `report.html` from a headline and sections (anchor, title, content), all in HTML, of
+    which those without content are left out."""
+    page = _page(run, headline, [section for section in sections if section[2]])
+    path = run.path / "report.html"
     replace_text(path, page.encode("utf-8", "replace").decode())
     return path
 
 
-def _page(
-    run: RunFacts,
-    result: Classification,
-    split: str,
-    warnings: int,
-    sections: Sequence[tuple[str, str, str]],
-) -> str:
+def _page(run: RunFacts, headline: str, sections: Sequence[tuple[str, str, str]]) -> str:
     style = resources.files("patchword").joinpath("report.css").read_text(encoding="utf-8")
     title = f"{run.model} on {run.data_name}"
     links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _ in sections)
@@ -90,7 +90,7 @@ style-src 'unsafe-inline'">
 <header>
 <p class="eyebrow">patchword report</p>
 <h1>{escape(title)}</h1>
-{_headline(run, result, split, warnings)}
+{headline}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>

@@ -35,18 +35,18 @@ def runs(run: RunFacts) -> str:
 def curves(run: RunFacts) -> str:
     best = run.number("best_step")
     mark = None if best is None else (best, f"best, step {best:,.0f}")
-    loss = [_series("training", run.metrics, "loss", smooth=True)]
+    loss = [series("training", run.metrics, "loss", smooth=True)]
     accuracy: list[Series | None] = []
     for kind, colour in (("raw", VERMILLION), ("average", GREEN)):
         rows = [row for row in run.evaluations if row.get("weights", "raw") == kind]
         name = f"validation, {kind} weights"
-        loss.append(_series(name, rows, "loss", colour))
-        accuracy.append(_series(name, rows, "top1", colour))
-    rate = [_series("learning rate", run.metrics, "lr")]
+        loss.append(series(name, rows, "loss", colour))
+        accuracy.append(series(name, rows, "top1", colour))
+    rate = [series("learning rate", run.metrics, "lr")]
     plots = [
-        _plot(loss, "Loss", "loss per image", mark=mark),
-        _plot(accuracy, "Validation accuracy", "top-1 accuracy", percent=True, mark=mark),
-        _plot(rate, "Learning rate", "learning rate"),
+        plot(loss, "Loss", "loss per image", mark=mark),
+        plot(accuracy, "Validation accuracy", "top-1 accuracy", percent=True, mark=mark),
+        plot(rate, "Learning rate", "learning rate"),
     ]
     if not any(plots):
         return ""
@@ -57,7 +57,7 @@ def curves(run: RunFacts) -> str:
     return f'<div class="plots">{"".join(plots)}<p class="muted">{remark}</p></div>'
 
 
-def _series(
+def series(
     name: str,
     rows: Iterable[Mapping[str, object]],
     key: str,
@@ -65,6 +65,7 @@ def _series(
     *,
     smooth: bool = False,
 ) -> Series | None:
+    """A figure of log lines over their steps; None where no line has it."""
     points = [(facts.finite(row.get("step")), facts.finite(row.get(key))) for row in rows]
     kept = [(x, y) for x, y in points if x is not None and y is not None]
     if not kept:
@@ -72,15 +73,16 @@ def _series(
     return Series(name, [x for x, _ in kept], [y for _, y in kept], colour, smooth)
 
 
-def _plot(
-    series: Sequence[Series | None],
+def plot(
+    lines: Sequence[Series | None],
     title: str,
     y_label: str,
     *,
     percent: bool = False,
     mark: tuple[float, str] | None = None,
 ) -> str:
-    drawn = [item for item in series if item is not None]
+    """The picture of curves of which one has two points at least; else empty."""
+    drawn = [item for item in lines if item is not None]
     if len({x for item in drawn for x in item.x}) < 2:  # one step is no curve
         return ""
     png = encode(draw_curves(drawn, title, y_label, percent=percent, mark=mark))
@@ -114,9 +116,9 @@ def cost(run: RunFacts) -> str:
         "Training cost": run.given("exaflops", facts.operations),
     }
     table = pairs({name: value for name, value in rows.items() if value is not None})
-    speed = _series("images/s", run.metrics, "images_per_s")
-    plot = _plot([speed], "Training speed", "images per second") if speed else ""
-    return f'<div class="plots"><div>{table}</div>{plot}</div>' if table or plot else ""
+    speed = series("images/s", run.metrics, "images_per_s")
+    drawn = plot([speed], "Training speed", "images per second") if speed else ""
+    return f'<div class="plots"><div>{table}</div>{drawn}</div>' if table or drawn else ""
 
 
 def configuration(run: RunFacts) -> str:
