@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchword.architecture import StemSpec
+from patchword.architecture import StemSpec, ViTSpec
 from patchword.inspection import recorder
 from patchword.inspection.attention import (
     attention_distance,
@@ -23,6 +23,7 @@ from patchword.inspection.attention import (
     measure_attention,
     rollout,
     rollout_of,
+    uniform_distance,
 )
 from patchword.inspection.recorder import attention_layers
 from patchword.models.layers import SelfAttention
@@ -69,6 +70,8 @@ def test_distance_of_uniform_attention_is_the_mean_distance() -> None:
     uniform = torch.full((15, 15), 1 / 15, dtype=torch.float64)
     expected = slow_distances(GRID, PATCH).mean()
     assert float(distance_of(uniform, 0, GRID, PATCH)) == pytest.approx(expected, rel=1e-14)
+    spec = ViTSpec(depth=1, width=8, mlp_width=8, heads=1, patch_size=PATCH, image_size=(12, 10))
+    assert uniform_distance(spec) == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize(

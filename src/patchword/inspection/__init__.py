@@ -1,4 +1,4 @@
-"""What a model has learned, as arrays; drawing them is separate (`figures`)."""
+"""What a model has learned, as arrays; the modules named `figures` draw them."""
 
 from __future__ import annotations
 

@@ -43,12 +43,13 @@ def token_components(
     return np.where(known, scaled.clip(0, 1), 0.5).reshape(-1, rows, cols, 3)
 
 
-def pooled_map(features: torch.Tensor | ArrayLike, seed: int = 0) -> NDArray[np.float64]:
+def pooled_map(features: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
     """A map `[n, 2]` on which features `[n, D]` that are alike lie together: t-SNE (van der Maaten
     and Hinton, 2008; scikit-learn) of the features at length 1, after PCA to 50 dimensions.
 
     Distances on the map have no unit, and those between far groups no meaning. The same features
-    and seed give the same map. Up to 4 features are mapped by PCA alone. Raises `PatchwordError`
+    give the same map: it starts from the first two components. Up to 4 features are mapped by PCA
+    alone. Raises `PatchwordError`
     if the features are no matrix or not finite.
     """
     unit = _unit(features)
@@ -59,7 +60,7 @@ def pooled_map(features: torch.Tensor | ArrayLike, seed: int = 0) -> NDArray[np.
 
     perplexity = min(30.0, (len(small) - 1) / 3)
     start = small[:, :2] / max(float(small[:, 0].std()), 1e-12) * 1e-4
-    tsne = TSNE(perplexity=perplexity, init=cast(Any, start), random_state=seed)
+    tsne = TSNE(perplexity=perplexity, init=cast(Any, start))
     return np.asarray(tsne.fit_transform(small), dtype=np.float64)
 
 
