@@ -45,8 +45,8 @@ class TrainArguments(TrainSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelArguments:
-    """How a command runs a model."""
+class _LoadArguments:
+    """How a command loads a model, and feeds it with images."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that
@@ -56,7 +56,6 @@ class _ModelArguments:
     batch_size: int | None = None
     """images at a time; changes speed and memory only"""
     device: Device = "auto"
-    precision: Precision = "float32"
     workers: int | None = None
     """processes that read images; by default one per core, none for a few images"""
     trust_pickle: bool = False
@@ -73,6 +72,13 @@ class _ModelArguments:
             raise UsageError(f"--workers is {workers}; use 0 or more")
         values = vars(self) | {"image_size": _sides(self.image_size)}
         return {name: value for name, value in values.items() if name not in ("json", "csv")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelArguments(_LoadArguments):
+    """How a command runs a model."""
+
+    precision: Precision = "float32"
 
 
 def _sides(size: tuple[int, ...] | None) -> tuple[int, int] | None:
@@ -109,6 +115,56 @@ class PredictArguments(_ModelArguments):
     """give no label to images whose top probability is below this, such as 0.9"""
     csv: bool = False
     """print comma-separated values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments(_LoadArguments):
+    """Draw what a model has learned and what it looks at: filters, position similarity, attention
+    distance over all images; rollout, attention maps and patch tokens of the first; a map of the
+    features of a data set. With summary.json, which holds the numbers."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")] = ()
+    """files, folders, patterns, or - for a list on standard input; with --data alone, 128 images
+    of DATA"""
+    out: str
+    """the folder to write to"""
+    data: str | None = None
+    """a labelled folder, .csv manifest, parquet, digits, or hub:ORG/NAME, whose features are
+    mapped"""
+    split: str | None = None
+    """the part of --data: train, val, test or all; by default as in evaluate"""
+    query: str | None = None
+    """ROW,COL, from 0: the patch whose attention is shown, instead of the class token's"""
+    pictures: int = 8
+    """images to draw rollout, attention and tokens of; the averages are over all"""
+    mapped: int = 2000
+    """images of --data to map at most, evenly spread"""
+    format: Literal["png", "pdf"] = "png"
+    """pdf: vector graphics for papers"""
+    overwrite: bool = False
+    """replace the figures that are in --out"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        values = super().settings()
+        if not self.images and self.data is None:
+            raise UsageError("no images given; name files, folders or a pattern, or --data DATA")
+        if self.split is not None and self.data is None:
+            raise UsageError("--split names a part of --data DATA; give both")
+        for name, least in (("pictures", 0), ("mapped", 1)):
+            if values[name] < least:
+                raise UsageError(f"--{name} is {values[name]}; use {least} or more")
+        return values | {"query": _patch(self.query)}
+
+
+def _patch(text: str | None) -> tuple[int, int] | None:
+    """(row, column) of what --query was given. Raises `UsageError`."""
+    if text is None:
+        return None
+    row, comma, column = text.partition(",")
+    if not comma or not row.strip().isdecimal() or not column.strip().isdecimal():
+        raise UsageError(f"--query is {text!r}; give ROW,COL, such as 0,5")
+    return int(row), int(column)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,6 +119,60 @@ def write_csv(found: Sequence[Prediction], may_abstain: bool) -> None:
     for p in found:
         said = [p.label, str(p.abstained).lower()] if may_abstain else []
         writer.writerow([p.path, *said, *(x for pair in p.top for x in pair)])
+
+
+def show_inspection(folder: Path, summary: dict[str, Any]) -> None:
+    """What each figure says, in numbers."""
+    table = table_of("figure", "what it says", whole=("figure",))
+    for name, say in _SAID.items():
+        if name in summary:
+            table.add_row(name, say(summary[name]))
+    out.print(table)
+    number = len(summary["files"])
+    where = f"{files(number)} in {folder}, the numbers in {folder / 'summary.json'}"
+    out.print(where, highlight=False, soft_wrap=True)
+
+
+def _said_positions(row: dict[str, Any]) -> str:
+    names = {"row": "same row", "column": "same column", "neighbour": "neighbours", "far": "far"}
+    shown = [f"{text} {row[k]:.2f}" for k, text in names.items() if row[k] is not None]
+    return f"{row['position']}: {', '.join(shown)}"
+
+
+def _said_distance(row: dict[str, Any]) -> str:
+    first = [value for value in row["pixels"][0] if value is not None] or [math.nan]
+    last = row["layer_means"][-1]
+    return (
+        f"over {row['images']:,} images: heads of layer 0 {min(first):.1f} to {max(first):.1f} px, "
+        f"mean of the last layer {math.nan if last is None else last:.1f} px, uniform attention "
+        f"{row['uniform']:.1f} px"
+    )
+
+
+def _said_map(row: dict[str, Any]) -> str:
+    same = percent(row["nearest_of_same_class"])
+    return (
+        f"{row['images']:,} images of {row['part']}: nearest neighbour of the same class {same}, "
+        f"{len(row['mistakes']):,} mistakes by the {row['mistakes_by']}"
+    )
+
+
+def _said_pictures(row: dict[str, Any]) -> str:
+    count = len(row["pictures"])
+    return f"{count} picture{'s' * (count != 1)}"
+
+
+_SAID: dict[str, Callable[[dict[str, Any]], str]] = {
+    "filters": lambda row: (
+        f"{len(row['explained'])} components explain {percent(row['total'])} of the variance"
+    ),
+    "position_similarity": _said_positions,
+    "attention_distance": _said_distance,
+    "rollout": _said_pictures,
+    "attention": lambda row: f"{_said_pictures(row)}, of the {row['of']}",
+    "tokens": _said_pictures,
+    "embedding": _said_map,
+}
 
 
 def show_calibration(done: Calibrated) -> None:

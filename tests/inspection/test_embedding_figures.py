@@ -8,37 +8,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from patchword.architecture import Pool, Position, ViTSpec
 from patchword.inspection.embedding import position_similarity
 from patchword.inspection.embedding_figures import (
     draw_filters,
     draw_position_similarity,
-    embedding_figures,
+    shown_patches,
 )
-from patchword.models.vit import ViT
 
 Pixels = Callable[[bytes | Figure], np.ndarray]
 ShareOf = Callable[..., float]
-
-
-@pytest.mark.parametrize(("pool", "position"), [("token", "learned-1d"), ("gap", "sincos2d")])
-def test_embedding_figures_of_a_model(pool: Pool, position: Position, pixels: Pixels) -> None:
-    spec = ViTSpec(
-        depth=1,
-        width=16,
-        mlp_width=16,
-        heads=2,
-        patch_size=(4, 2),
-        image_size=(12, 8),
-        in_channels=1,
-        registers=2,
-        pool=pool,
-        position=position,
-    )
-    drawn = embedding_figures(ViT(spec))
-    titles = ["Patch embedding filters", "Position embedding similarity"]
-    assert list(drawn) == titles[: 2 if position == "learned-1d" else 1]
-    assert all(pixels(png).std() > 1 for png in drawn.values())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
@@ -56,3 +34,11 @@ def test_position_similarity_of_any_grid(
     table = np.random.default_rng(0).normal(size=(grid[0] * grid[1], 8))
     image = pixels(draw_position_similarity(position_similarity(table, grid)))
     assert share_of(image, "#67001F") > 0.001  # each patch is like itself: the deepest red
+
+
+def test_large_grids_are_thinned_out_to_the_edges() -> None:
+    assert shown_patches(14).tolist() == list(range(14))
+    shown = shown_patches(37)
+    assert len(shown) == 16
+    assert (shown[0], shown[-1]) == (0, 36)
+    assert set(np.diff(shown)) <= {2, 3}

@@ -130,7 +130,7 @@ def attention_maps(model: nn.Module, images: Tensor, query: tuple[int, int] | No
     if the query is not on the grid.
     """
     spec = require_vit(model).spec
-    asked = _asked(spec, query)
+    asked = query_token(spec, query)
 
     def ask(weights: Tensor) -> Array:
         return _array(_row(weights, spec, asked))
@@ -147,7 +147,7 @@ def rollout(model: nn.Module, images: Tensor) -> Array:
     below 1 where there are any. See `rollout_of`.
     """
     spec = require_vit(model).spec
-    asked = _asked(spec, None)
+    asked = query_token(spec, None)
     parts = [rollout_of(attention_layers(model, part)) for part in batched(model, images)]
     return np.concatenate([_array(_row(part, spec, asked)) for part in parts])
 
@@ -185,8 +185,9 @@ def _each(take: Callable[[Tensor], Result], model: nn.Module, images: Tensor) ->
     return list(map(take, attention_layers(model, images)))
 
 
-def _asked(spec: ViTSpec, query: tuple[int, int] | None) -> int | None:
-    """The index of the query among the tokens; None for all patches."""
+def query_token(spec: ViTSpec, query: tuple[int, int] | None) -> int | None:
+    """The index among the tokens of a query (row, column), or of the class token; None, for all
+    patches, without one. Raises `UsageError` if the query is not on the grid."""
     rows, cols = spec.grid
     if query is None:
         return 0 if spec.pool in ("token", "token+gap") else None

@@ -11,9 +11,11 @@ import warnings
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
 
 Format = Literal["png", "pdf"]
 
@@ -56,3 +58,9 @@ def short(name: str, most: int = 18) -> str:
     """A name on one line, without what no font can draw."""
     line = " ".join(name.encode("utf-8", "replace").decode().split())
     return line if len(line) <= most else line[: most - 1] + "\u2026"
+
+
+def show_image(image: ArrayLike) -> NDArray[np.uint8]:
+    """uint8 `[H, W, 3]` of an image of 1, 3 or 4 channels, `[H, W, C]`; transparency is dropped."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3]

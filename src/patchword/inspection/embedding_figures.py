@@ -4,31 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from patchword.inspection.drawing import GREY, INK, encode, new_figure, style
-from patchword.inspection.embedding import embedding_filters, position_similarity
-from patchword.models.mixer import Mixer
-from patchword.models.model import Model
-from patchword.models.position import Learned1d, Learned2d
-from patchword.models.vit import ViT
-
-
-def embedding_figures(model: Model) -> dict[str, bytes]:
-    """Title -> PNG of what the model's embeddings have learned (figure 7 left and centre): its
-    filters, if it cuts the image itself into patches, and the similarity of its position
-    embeddings, if it learns a table of them."""
-    figures: dict[str, bytes] = {}
-    if isinstance(model, Mixer) or (isinstance(model, ViT) and model.stem is None):
-        embedding, channels = model.patch_embedding, model.spec.in_channels
-        filters = embedding_filters(embedding.weight, embedding.patch_size, channels)
-        figures["Patch embedding filters"] = encode(draw_filters(*filters))
-    if isinstance(model, ViT):
-        position, grid = model.position_in(0), model.spec.grid
-        if isinstance(position, Learned1d | Learned2d):
-            similarity = position_similarity(position()[0, -grid[0] * grid[1] :], grid)
-            figures["Position embedding similarity"] = encode(draw_position_similarity(similarity))
-    return figures
+from patchword.inspection.drawing import GREY, INK, new_figure, style
 
 
 def draw_filters(components: ArrayLike, explained: ArrayLike, columns: int = 7) -> Figure:
@@ -55,16 +33,28 @@ def draw_filters(components: ArrayLike, explained: ArrayLike, columns: int = 7) 
     return figure
 
 
-def draw_position_similarity(similarity: ArrayLike, most: int = 16) -> Figure:
-    """The grid of grids of `position_similarity`, `[rows, cols, rows, cols]` (figure 7 centre).
+def shown_patches(count: int, most: int = 16) -> NDArray[np.int64]:
+    """Which of so many rows or columns are shown where there are too many: `most`, evenly spaced,
+    the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
-    At most `most` query patches are shown along each axis, evenly spaced. The colours run to the
-    largest similarity between different patches; a patch's similarity with itself is always 1.
+
+def draw_position_similarity(
+    similarity: ArrayLike,
+    *,
+    title: str = "Position embedding similarity",
+    unit: str = "cosine similarity",
+    note: str = "",
+) -> Figure:
+    """The grid of grids of `position_similarity`, or of the mean over the heads of `induced_bias`,
+    `[rows, cols, rows, cols]` (figure 7 centre), for the patches of `shown_patches` as queries.
+
+    The colours run to the largest similarity between different patches, as far as 1: a patch's
+    similarity with itself is always 1. `note` is written below.
     """
     values = np.asarray(similarity, dtype=np.float64)
     rows, cols = values.shape[:2]
-    down = np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(int))
-    across = np.unique(np.linspace(0, cols - 1, min(cols, most)).round().astype(int))
+    down, across = shown_patches(rows), shown_patches(cols)
     gap = max(1, round(min(rows, cols) / 8))
     mosaic = np.full((len(down) * (rows + gap) - gap, len(across) * (cols + gap) - gap), np.nan)
     for i, row in enumerate(down):
@@ -73,18 +63,20 @@ def draw_position_similarity(similarity: ArrayLike, most: int = 16) -> Figure:
             mosaic[top : top + rows, left : left + cols] = values[row, column]
     flat = values.reshape(rows * cols, rows * cols)
     others = np.abs(flat[~np.eye(rows * cols, dtype=bool)])
-    limit = min(1.0, np.ceil(10 * others.max(initial=0.1) + 1e-9) / 10)
+    largest = float(others.max(initial=0.0)) or 1.0
+    step = 10 ** np.floor(np.log10(largest))  # the limit has one digit
+    limit = float(np.ceil(largest / step - 1e-9) * step)
     width = 5.4
     figure = new_figure(width, min(width * len(mosaic) / mosaic.shape[1], 12.0) * 0.82 + 0.5)
     axes = figure.add_subplot()
     axes.set_facecolor("#D1D5DB")
     image = axes.imshow(mosaic, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set_xticks(np.arange(len(across)) * (cols + gap) + (cols - 1) / 2, across + 1)
-    axes.set_yticks(np.arange(len(down)) * (rows + gap) + (rows - 1) / 2, down + 1)
-    style(axes, "Position embedding similarity", "input patch column", "input patch row")
+    axes.set_xticks(np.arange(len(across)) * (cols + gap) + (cols - 1) / 2, across)
+    axes.set_yticks(np.arange(len(down)) * (rows + gap) + (rows - 1) / 2, down)
+    style(axes, title, "column of the patch" + f"\n{note}" * bool(note), "row of the patch")
     axes.spines[:].set_visible(False)
-    extend = "max" if limit < 1 else "neither"
+    extend = "max" if values.max() > limit else "neither"
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend=extend)
-    bar.set_label("cosine similarity", fontsize=8, color=INK)
+    bar.set_label(unit, fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=7, colors=INK)
     return figure

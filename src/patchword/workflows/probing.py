@@ -135,30 +135,19 @@ def measure_probes(
     console = console or Console(stderr=True, markup=False, emoji=False)
 
     def features(indices: np.ndarray, name: str) -> Features:
-        start = time.perf_counter()
-        with console.status("") as status:
-
-            def progress(done: int, total: int) -> None:
-                rate = done / (time.perf_counter() - start)
-                status.update(
-                    f"features of {name}: {done:,}/{total:,} images, {rate:,.0f} a second"
-                )
-
-            found = extract(
-                net,
-                source,
-                indices,
-                device=where,
-                batch_size=batch_size or eval_batch_size(net),
-                workers=eval_workers(workers, len(indices)),
-                precision=str(resolve_precision(precision, where)).removeprefix("torch."),
-                cache=cache,
-                on_bad=on_bad_image,
-                progress=progress,
-            )
-        for index, reason in found.bad:
-            logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
-        return found
+        return part_features(
+            net,
+            source,
+            indices,
+            name,
+            device=where,
+            batch_size=batch_size,
+            workers=workers,
+            precision=resolve_precision(precision, where),
+            cache=cache,
+            on_bad=on_bad_image,
+            console=console,
+        )
 
     train, queries = features(parts.train, "train"), features(parts.queries, parts.split)
     development = None
@@ -166,6 +155,46 @@ def measure_probes(
         development = features(parts.development, "val")
     with console.status("fitting the probes"):
         return _measure(source, parts, train, queries, development, probes, shots, seeds)
+
+
+def part_features(
+    net: Model,
+    source: Source,
+    indices: np.ndarray,
+    name: str,
+    *,
+    device: torch.device,
+    batch_size: int | None,
+    workers: int | None,
+    precision: torch.dtype,
+    cache: bool | Path,
+    on_bad: OnBad,
+    console: Console,
+) -> Features:
+    """`extract` of the part called `name`, with progress on the console; unreadable images are
+    logged."""
+    start = time.perf_counter()
+    with console.status("") as status:
+
+        def progress(done: int, total: int) -> None:
+            rate = done / (time.perf_counter() - start)
+            status.update(f"features of {name}: {done:,}/{total:,} images, {rate:,.0f} a second")
+
+        found = extract(
+            net,
+            source,
+            indices,
+            device=device,
+            batch_size=batch_size or eval_batch_size(net),
+            workers=eval_workers(workers, len(indices)),
+            precision=str(precision).removeprefix("torch."),
+            cache=cache,
+            on_bad=on_bad,
+            progress=progress,
+        )
+    for index, reason in found.bad:
+        logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
+    return found
 
 
 def _measure(
