@@ -49,8 +49,7 @@ def pooled_map(features: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
 
     Distances on the map have no unit, and those between far groups no meaning. The same features
     give the same map: it starts from the first two components. Up to 4 features are mapped by PCA
-    alone. Raises `PatchwordError`
-    if the features are no matrix or not finite.
+    alone. Raises `PatchwordError` if the features are no matrix or not finite.
     """
     unit = _unit(features)
     small = _principal(unit, 50)
