@@ -21,10 +21,10 @@ from torch.autograd import grad
 
 from patchword.inspection.recorder import attend, attention_weights, evaluating, require_vit
 from patchword.inspection.removal import (
-    BATCH,
     STEPS,
     Curves,
     check_classes,
+    log_odds,
     occlusion,
     removal_curves,
 )
@@ -41,11 +41,17 @@ def gradient_rollout(model: nn.Module, images: Tensor, classes: Tensor) -> NDArr
     2021, arXiv 2103.15679, Eq. 5 and 6, on self-attention).
 
     `images`: normalised, `[B, C, H, W]`; `classes`: int64 `[B]`. In each layer the attention
-    weights are multiplied by the gradient of the class's logit with respect to them; the mean over
-    the heads of what is positive, with the identity added, makes the layer's matrix, and the layers
-    are multiplied. Of the product, the row of the class token (averaged with that of a distillation
-    token that has a head); with attention pooling, the row of its probe, as a last layer; with
-    average pooling, the mean over the patches' rows. Registers are left out.
+    weights are multiplied by the gradient of the class's log-odds with respect to them; the mean
+    over the heads of what is positive, with the identity added, makes the layer's matrix, and the
+    layers are multiplied. Of the product, the row of the class token (averaged with that of a
+    distillation token that has a head); with attention pooling, the row of its probe, as a last
+    layer; with average pooling, the mean over the patches' rows. Registers are left out.
+
+    Two departures from the paper. Log-odds instead of the logit: what is added to all logits alike
+    says nothing. And the gradient takes LayerNorm's standard deviation as a constant (Ali et al.
+    2022, arXiv 2202.07304): a token that is made up of one patch does not change when it takes more
+    of that patch, LayerNorm scales it back, so that the full gradient misses the patch that matters
+    most.
 
     The layers are gone through from the last to the first with the row alone, computed again one by
     one: memory is that of one layer. The model, its gradients and its mode are left as they were.
@@ -54,9 +60,12 @@ def gradient_rollout(model: nn.Module, images: Tensor, classes: Tensor) -> NDArr
     vit = require_vit(model)
     vit.check(images)
     check_classes(vit, classes, len(images))
-    with evaluating(vit), torch.enable_grad():
+    with evaluating(vit), torch.enable_grad(), ExitStack() as norms:
+        for module in vit.modules():
+            if isinstance(module, nn.LayerNorm):
+                norms.enter_context(_hooked(module, _constant_scale))
         given, last, logits, probe = _passed(vit, images.to(vit.patch_embedding.weight))
-        score = logits.gather(1, classes.to(logits.device)[:, None]).sum()
+        score = log_odds(vit, logits.cpu(), classes).sum()
         gradient, *of_probe = grad(score, [last, *probe])
         row = _relevance(probe[0], of_probe[0]) if probe else _first_row(vit, given[0][0])
         blocks = [block for block in vit.blocks if isinstance(block, Block)]
@@ -122,6 +131,14 @@ def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Iterator[None]:
         handle.remove()
 
 
+def _constant_scale(norm: nn.LayerNorm, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+    """The same output, with a gradient in which the standard deviation is a constant."""
+    (x,) = arguments
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.detach().square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    return centred * scale * norm.weight + norm.bias
+
+
 def _explicit(
     kept: list[Tensor], attention: SelfAttention, arguments: tuple[Any, ...], output: Tensor
 ) -> Tensor:
@@ -181,7 +198,7 @@ def explain(
     *,
     window: int | None = None,
     steps: int = STEPS,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> list[Explanation]:
     """Explain a class of each image: maps, their agreement and their curves.

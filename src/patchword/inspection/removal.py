@@ -31,8 +31,8 @@ WINDOWS = 256
 """As many windows at most are taken away from an image where no size is asked for"""
 STEPS = 20
 """Points of a deletion or insertion curve after the first"""
-BATCH = 64
-"""Images with patches taken away, at a time; changes speed and memory only"""
+BATCHES = {"cpu": 16}
+"""Images with patches taken away, at a time, by device; elsewhere 64"""
 
 
 def patch_grid(model: Model) -> Grid:
@@ -59,11 +59,11 @@ class Removal:
     """A model's logits for images `[B, C, H, W]`, normalised, of which it sees some patches only.
     No gradients; dropout is off."""
 
-    def __init__(self, model: Model, images: Tensor, batch_size: int = BATCH) -> None:
+    def __init__(self, model: Model, images: Tensor, batch_size: int | None = None) -> None:
         model.check(images)
         self.model = model
         self.images = images.to(next(model.parameters()))
-        self.batch_size = batch_size
+        self.batch_size = batch_size or BATCHES.get(self.images.device.type, 64)
         self.patches = math.prod(patch_grid(model))
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ def occlusion(
     classes: Tensor,
     *,
     window: int | None = None,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
 ) -> Maps:
     """How much the log-odds of a class fall when a patch is taken away, `[B, rows, columns]` in
     nats (occlusion, arXiv 1311.2901); below 0 where the patch speaks against the class.
@@ -158,7 +158,8 @@ def occlusion(
     `images`: normalised, `[B, C, H, W]`; `classes`: int64 `[B]`. With a `window` above 1, squares
     of that many patches a side are taken away, half a window apart, and a patch's value is the mean
     over those that hold it; None takes the smallest for which an image needs at most 256 passes: 1
-    up to 16 x 16 patches. Raises `PatchwordError` if images or classes do not fit the model.
+    up to 16 x 16 patches. `batch_size`: so many of them at a time, which changes speed and memory
+    only. Raises `PatchwordError` if images or classes do not fit the model.
     """
     check_classes(model, classes, len(images))
     grid = patch_grid(model)
@@ -217,7 +218,7 @@ def removal_curves(
     orders: Tensor,
     *,
     steps: int = STEPS,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
 ) -> Curves:
     """Deletion and insertion (RISE, arXiv 1806.07421, section 4.2) for orders of the patches.
 
