@@ -152,7 +152,7 @@ def inspect(arguments: Sequence[str]) -> int:
     else:
         printing.show_inspection(done.out, done.summary)
     if bad:
-        err.print(f"{len(bad)} files could not be read", highlight=False)
+        err.print(f"{printing.files(len(bad))} could not be read", highlight=False)
     return 0
 
 

@@ -21,7 +21,8 @@ def draw_filters(components: ArrayLike, explained: ArrayLike, columns: int = 7) 
     rows = -(-len(filters) // columns)
     aspect = filters.shape[1] / filters.shape[2]
     figure = new_figure(max(0.8 * columns, 3.2), (0.74 * aspect + 0.16) * rows + 0.4)
-    figure.suptitle("Principal components of the patch embedding", fontsize=10, color=INK)
+    title = "Principal components of the patch embedding"
+    figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
     for place, (patch, share) in enumerate(zip(filters, shares, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
         image = patch if patch.shape[2] == 3 else patch.mean(axis=2)

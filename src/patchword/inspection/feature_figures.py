@@ -168,8 +168,7 @@ def _neighbours(figure: SubFigure, rows: Sequence[Sequence[Thumbnail]]) -> None:
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
             colour = INK if thumbnail.right else VERMILLION
-            axes.set_xlabel(
-                thumbnail.caption, fontsize=6, color=colour, labelpad=2, parse_math=False
-            )
+            caption = "\n".join(map(short, thumbnail.caption.splitlines()))
+            axes.set_xlabel(caption, fontsize=6, color=colour, labelpad=2, parse_math=False)
             if not column:
                 axes.set_ylabel(str(number), fontsize=9, color=INK, rotation=0, labelpad=8)
