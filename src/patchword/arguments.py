@@ -157,6 +157,33 @@ class InspectArguments(_LoadArguments):
         return values | {"query": _patch(self.query)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExplainArguments(_LoadArguments):
+    """Show why images have their class: which patches speak for it, by gradient-weighted rollout
+    and by occlusion, whether both agree, and how much they are worth (deletion and insertion). One
+    picture for each image."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    """files, folders, patterns, or - for a list on standard input"""
+    label: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    """the class to explain; by default each image's most probable one"""
+    out: str | None = None
+    """the picture, .png or .pdf; for several images a folder; by default explain-IMAGE.png here"""
+    window: int | None = None
+    """patches a side to take away at a time for occlusion; by default 1 up to 16 x 16 patches, and
+    at finer grids so many that an image needs no more than 256 passes"""
+    overwrite: bool = False
+    """replace pictures that exist"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        if not self.images:
+            raise UsageError("no images given; name files, folders or a pattern")
+        if self.window is not None and self.window < 1:
+            raise UsageError(f"--window is {self.window}; use 1 or more")
+        return super().settings()
+
+
 def _patch(text: str | None) -> tuple[int, int] | None:
     """(row, column) of what --query was given. Raises `UsageError`."""
     if text is None:

@@ -21,6 +21,7 @@ from patchword.arguments import (
     DemoArguments,
     DoctorArguments,
     EvaluateArguments,
+    ExplainArguments,
     InspectArguments,
     ListArguments,
     ModelsArguments,
@@ -151,6 +152,24 @@ def inspect(arguments: Sequence[str]) -> int:
         print(json.dumps(done.summary))
     else:
         printing.show_inspection(done.out, done.summary)
+    if bad:
+        err.print(f"{printing.files(len(bad))} could not be read", highlight=False)
+    return 0
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """Why images have their class: rollout, occlusion, and what they are worth."""
+    args = read(ExplainArguments, arguments, "explain")
+    settings = args.settings()
+    settings["images"] = _paths(args.images)
+    bad: dict[str, str] = {}
+    from patchword.workflows.explaining import explain_images
+
+    done = explain_images(**settings, bad=bad, console=err)
+    if args.json:
+        print(json.dumps(done.to_dict()))
+    else:
+        printing.show_explanations(done)
     if bad:
         err.print(f"{printing.files(len(bad))} could not be read", highlight=False)
     return 0
@@ -307,6 +326,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "predict": predict,
     "inspect": inspect,
+    "explain": explain,
     "check": check,
     "calibrate": calibrate,
     "convert": convert,

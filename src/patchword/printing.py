@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from patchword.weights.pretrained import Pretrained
     from patchword.workflows.calibrating import Calibrated
     from patchword.workflows.checking import Checked
+    from patchword.workflows.explaining import Explanations
     from patchword.workflows.listing import Variant
     from patchword.workflows.measuring import Prediction
     from patchword.workflows.probing import Probing
@@ -173,6 +174,43 @@ _SAID: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens": _said_pictures,
     "embedding": _said_map,
 }
+
+
+def show_explanations(done: Explanations) -> None:
+    """Each image's class, and what the maps are worth; the last row is the mean."""
+    columns = ("image", "class", "probability", "agreement", "map", "deletion", "insertion")
+    table = table_of(*columns, whole=("probability", "map"))
+    for row in done.images:
+        found = row.explanation
+        said = (row.path, row.label, percent(found.probability))
+        _add_scores(table, said, found.agreement, found.scores)
+    if len(done.images) > 1:
+        mean = done.mean()
+        scores = {name: (area, mean["insertion"][name]) for name, area in mean["deletion"].items()}
+        _add_scores(table, ("mean", "", ""), mean["agreement"], scores)
+    out.print(table)
+    folders = {row.picture.parent for row in done.images}
+    where = done.images[0].picture if len(done.images) == 1 else ", ".join(map(str, folders))
+    for name, value in {
+        "patches": f"taken away by {done.taken_away_by}",
+        "scores": "areas under the curves, 0 to 1: deletion small, insertion large is good",
+        "pictures": where,
+    }.items():
+        out.print(f"{name:9}{value}", highlight=False, soft_wrap=True)
+
+
+def _add_scores(
+    table: Table,
+    first: Sequence[str],
+    agreement: float | None,
+    scores: Mapping[str, tuple[float, float]],
+) -> None:
+    """A line for each map, what goes for all of them on the first."""
+    said = [*first, "-" if agreement is None else f"{agreement:.2f}"]
+    for place, (name, areas) in enumerate(scores.items(), 1):
+        row = (name, *(f"{area:.3f}" for area in areas))
+        table.add_row(*said, *row, end_section=place == len(scores))
+        said = [""] * len(said)
 
 
 def show_calibration(done: Calibrated) -> None:

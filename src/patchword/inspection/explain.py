@@ -190,6 +190,14 @@ class Explanation:
     curves: dict[str, Curves]
     """for each map, and for `random` orders: deletion and insertion `[S]`"""
 
+    @property
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """The areas under the deletion and the insertion curve, of each of the `curves`."""
+        return {
+            name: (float(curves.deletion_score), float(curves.insertion_score))
+            for name, curves in self.curves.items()
+        }
+
 
 def explain(
     model: Model,

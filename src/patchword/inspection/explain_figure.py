@@ -60,30 +60,13 @@ def draw_explanation(image: ArrayLike, found: Explanation, label: str) -> Figure
         else:
             missing = "none: the model\nhas no attention"
             axes.text(0.5, 0.5, missing, ha="center", va="center", fontsize=8, color=GREY)
-    deletion = figure.add_subplot(grid[1, :3])
-    insertion = figure.add_subplot(grid[1, 3:])
-    for name, curves in found.curves.items():
-        colour, line = LINES[name]
-        for axes, values, area in (
-            (deletion, curves.deletion, curves.deletion_score),
-            (insertion, curves.insertion, curves.insertion_score),
-        ):
-            text = f"{name} {area:.3f}"
-            axes.plot(curves.shares, values, color=colour, ls=line, lw=1.6, label=text)
-    style(
-        deletion,
-        "Deletion: a small area is good",
-        "patches taken away, most important first",
-        "probability",
-    )
-    style(
-        insertion,
-        "Insertion: a large area is good",
-        "patches put in, most important first",
-        "probability",
-    )
-    _finish_curves(deletion)
-    _finish_curves(insertion)
+    for which, columns, title, doing in (
+        ("deletion", slice(0, 3), "Deletion: a small area is good", "taken away"),
+        ("insertion", slice(3, 6), "Insertion: a large area is good", "put in"),
+    ):
+        axes = figure.add_subplot(grid[1, columns])
+        style(axes, title, f"patches {doing}, most important first", "probability")
+        _draw_curves(axes, found, which)
     return figure
 
 
@@ -117,7 +100,13 @@ def _draw_map(
     bar.ax.tick_params(labelsize=6.5, colors=INK)
 
 
-def _finish_curves(axes: Axes) -> None:
+def _draw_curves(axes: Axes, found: Explanation, which: str) -> None:
+    """The deletion or the insertion curves, named with their areas."""
+    for name, curves in found.curves.items():
+        colour, line = LINES[name]
+        text = f"{name} {found.scores[name][which == 'insertion']:.3f}"
+        values = getattr(curves, which)
+        axes.plot(curves.shares, values, color=colour, ls=line, lw=1.6, label=text)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     for axis in (axes.xaxis, axes.yaxis):
