@@ -178,39 +178,34 @@ _SAID: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def show_explanations(done: Explanations) -> None:
     """Each image's class, and what the maps are worth; the last row is the mean."""
-    columns = ("image", "class", "probability", "agreement", "map", "deletion", "insertion")
-    table = table_of(*columns, whole=("probability", "map"))
+    table = table_of("image", "map", "deletion", "insertion", whole=("map",))
     for row in done.images:
         found = row.explanation
-        said = (row.path, row.label, percent(found.probability))
-        _add_scores(table, said, found.agreement, found.scores)
+        about = f"{row.path}\n{row.label} {percent(found.probability)}"
+        _add_scores(table, about, found.agreement, found.scores)
+    mean = done.mean()
     if len(done.images) > 1:
-        mean = done.mean()
         scores = {name: (area, mean["insertion"][name]) for name, area in mean["deletion"].items()}
-        _add_scores(table, ("mean", "", ""), mean["agreement"], scores)
+        _add_scores(table, f"mean of {len(done.images):,} images", mean["agreement"], scores)
     out.print(table)
-    folders = {row.picture.parent for row in done.images}
-    where = done.images[0].picture if len(done.images) == 1 else ", ".join(map(str, folders))
-    for name, value in {
+    folders = {str(row.picture.parent) for row in done.images}
+    lines = {
         "patches": f"taken away by {done.taken_away_by}",
         "scores": "areas under the curves, 0 to 1: deletion small, insertion large is good",
-        "pictures": where,
-    }.items():
+        "pictures": done.images[0].picture if len(done.images) == 1 else ", ".join(folders),
+    }
+    for name, value in lines.items():
         out.print(f"{name:9}{value}", highlight=False, soft_wrap=True)
 
 
 def _add_scores(
-    table: Table,
-    first: Sequence[str],
-    agreement: float | None,
-    scores: Mapping[str, tuple[float, float]],
+    table: Table, about: str, agreement: float | None, scores: Mapping[str, tuple[float, float]]
 ) -> None:
-    """A line for each map, what goes for all of them on the first."""
-    said = [*first, "-" if agreement is None else f"{agreement:.2f}"]
-    for place, (name, areas) in enumerate(scores.items(), 1):
-        row = (name, *(f"{area:.3f}" for area in areas))
-        table.add_row(*said, *row, end_section=place == len(scores))
-        said = [""] * len(said)
+    """The maps line by line, beside what goes for all of them."""
+    if agreement is not None:
+        about += f"\nagreement {agreement:.2f}"
+    columns = zip(*((f"{a:.3f}", f"{b:.3f}") for a, b in scores.values()), strict=True)
+    table.add_row(about, "\n".join(scores), *map("\n".join, columns), end_section=True)
 
 
 def show_calibration(done: Calibrated) -> None:
