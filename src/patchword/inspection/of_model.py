@@ -66,7 +66,7 @@ class Positions:
         }
         signs = ("+.2f", "+.2f", ".2f", ".2f")
         note = "; ".join(
-            f"{name} {value:{sign}}"
+            f"{name} {round(value, 2) + 0.0:{sign}}"  # never -0.00
             for (name, value), sign in zip(named.items(), signs, strict=True)
             if value is not None
         )
