@@ -37,7 +37,7 @@ def draw_explanation(image: ArrayLike, found: Explanation, label: str) -> Figure
     of deletion and insertion with their areas. `label` names the class that is explained.
 
     Vermillion speaks for the class, blue against it. Rollout is in multiples of its mean, occlusion
-    in nats of the class's log-odds.
+    in nats of the class's log-odds. Where no probability reaches a half, the curves' axis is cut.
     """
     pixels = show_image(image)
     ratio = float(np.clip(len(pixels) / pixels.shape[1], 0.4, 2.0))
@@ -47,19 +47,16 @@ def draw_explanation(image: ArrayLike, found: Explanation, label: str) -> Figure
         said += f"; rank correlation of the two maps {found.agreement:.2f}"
     figure.suptitle(said, fontsize=10, color=INK, x=0.012, ha="left", parse_math=False)
     grid = figure.add_gridspec(2, 6, height_ratios=(2.1 * ratio + 0.35, 2.4))
-    original = figure.add_subplot(grid[0, :2], anchor="N")
+    wide = 6 // (1 + len(found.maps))
+    original = figure.add_subplot(grid[0, :wide], anchor="N")
     original.imshow(pixels)
     style(original, "Image")
     original.set_axis_off()
-    for place, name in enumerate(("rollout", "occlusion"), 1):
-        axes = figure.add_subplot(grid[0, 2 * place : 2 * place + 2], anchor="N")
+    for place, (name, values) in enumerate(found.maps.items(), 1):
+        axes = figure.add_subplot(grid[0, place * wide : (place + 1) * wide], anchor="N")
         style(axes, TITLES[name])
         axes.set_axis_off()
-        if name in found.maps:
-            _draw_map(figure, axes, pixels, name, found.maps[name])
-        else:
-            missing = "none: the model\nhas no attention"
-            axes.text(0.5, 0.5, missing, ha="center", va="center", fontsize=8, color=GREY)
+        _draw_map(figure, axes, pixels, name, values)
     for which, columns, title, doing in (
         ("deletion", slice(0, 3), "Deletion: a small area is good", "taken away"),
         ("insertion", slice(3, 6), "Insertion: a large area is good", "put in"),
@@ -95,7 +92,7 @@ def _draw_map(
     bar.outline.set_visible(False)
     if name == "rollout":
         bar.ax.set_xlim(0, limit)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+    bar.ax.xaxis.set_major_locator(MaxNLocator(3))
     bar.set_label(unit, fontsize=7, color=INK)
     bar.ax.tick_params(labelsize=6.5, colors=INK)
 
@@ -108,9 +105,10 @@ def _draw_curves(axes: Axes, found: Explanation, which: str) -> None:
         values = getattr(curves, which)
         axes.plot(curves.shares, values, color=colour, ls=line, lw=1.6, label=text)
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.02)
+    top = max(getattr(curves, which).max() for curves in found.curves.values())
+    axes.set_ylim(0, 1.02 if top > 0.5 else 1.1 * max(top, 1e-6))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, 0, symbol=" %"))
+        axis.set_major_formatter(PercentFormatter(1.0, None, symbol=" %"))
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncol": 3}
