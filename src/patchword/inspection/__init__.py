@@ -13,6 +13,8 @@ if TYPE_CHECKING:
         rollout,
     )
     from patchword.inspection.embedding import embedding_filters, position_similarity
+    from patchword.inspection.explain import explain_class, gradient_rollout
+    from patchword.inspection.removal import occlusion
     from patchword.inspection.tokens import token_components
 
 _HOMES = {
@@ -22,6 +24,9 @@ _HOMES = {
     "rollout": "attention",
     "embedding_filters": "embedding",
     "position_similarity": "embedding",
+    "explain_class": "explain",
+    "gradient_rollout": "explain",
+    "occlusion": "removal",
     "token_components": "tokens",
 }
 
@@ -30,6 +35,9 @@ __all__ = [
     "attention_entropy",
     "attention_maps",
     "embedding_filters",
+    "explain_class",
+    "gradient_rollout",
+    "occlusion",
     "position_similarity",
     "rollout",
     "token_components",

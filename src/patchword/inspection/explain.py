@@ -199,7 +199,7 @@ class Explanation:
         }
 
 
-def explain(
+def explain_class(
     model: Model,
     images: Tensor,
     classes: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from patchword.data.loader import eval_batches
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.inspection.drawing import Format, encode
-from patchword.inspection.explain import Explanation, explain
+from patchword.inspection.explain import Explanation, explain_class
 from patchword.inspection.explain_figure import draw_explanation
 from patchword.inspection.removal import drops_tokens
 from patchword.models.model import Model
@@ -183,7 +183,9 @@ def _explained(
         shares = net.probabilities(net(inputs).float().cpu())[0]
     best = int(shares.argmax())
     target = best if label is None else classes.index(label)
-    (found,) = explain(net, inputs, torch.tensor([target]), window=window, batch_size=batch_size)
+    (found,) = explain_class(
+        net, inputs, torch.tensor([target]), window=window, batch_size=batch_size
+    )
     return Explained(
         path=path,
         label=classes[target],
