@@ -80,8 +80,14 @@ def whole(path: Path) -> bool:
 
 @pytest.mark.parametrize("kind", ["png", "pdf"])
 def test_every_figure_is_written_and_whole(
-    kind: str, weights: Path, pictures: Path, tmp_path: Path, command: Command
+    kind: str,
+    weights: Path,
+    pictures: Path,
+    tmp_path: Path,
+    command: Command,
+    caplog: pytest.LogCaptureFixture,
 ):
+    caplog.set_level("INFO")
     out = tmp_path / "out"
     code, said, err = command(
         *("inspect", weights, pictures / "red", pictures / "blue/00.jpg"),
@@ -99,6 +105,7 @@ def test_every_figure_is_written_and_whole(
     assert "over 6 images" in said
     assert "15 images of all" in said
     assert "same row" in said
+    assert {record.name for record in caplog.records} <= {"patchword"}
 
 
 def test_the_summary_holds_what_the_arrays_give(

@@ -90,25 +90,7 @@ def draw_feature_map(
         _neighbours(parts[0, 1], rows)
     axes = left.subplots()
     _points(axes, places, numbers, classes)
-    wrong = np.asarray(mistakes, dtype=np.int64)
-    ring = {"facecolor": "none", "edgecolor": INK, "zorder": 4}
-    for some, size, line, name in (
-        (wrong[len(rows) :], 16, 0.5, "mistake"),
-        (wrong[: len(rows)], 70, 1.1, "mistake, shown"),
-    ):
-        if len(some):
-            axes.scatter(*places[some].T, s=size, linewidth=line, label=name, **ring)
-    for number, at in enumerate(wrong[: len(rows)], 1):
-        axes.annotate(
-            *(str(number), (places[at, 0], places[at, 1])),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=9,
-            fontweight="bold",
-            color=INK,
-            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.75, "linewidth": 0},
-            zorder=6,
-        )
+    _rings(axes, places[np.asarray(mistakes, dtype=np.int64)], len(rows))
     style(axes, title)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -144,6 +126,28 @@ def _points(
             alpha=0.9,
             zorder=3,
             label=_plain(classes[int(k)]),
+        )
+
+
+def _rings(axes: Axes, places: NDArray[np.float64], shown: int) -> None:
+    """Rings around mistakes, the first so many of them numbered."""
+    for some, size, line, name in (
+        (places[shown:], 16, 0.5, "mistake"),
+        (places[:shown], 70, 1.1, "mistake, shown"),
+    ):
+        if len(some):
+            look = {"facecolor": "none", "edgecolor": INK, "linewidth": line, "zorder": 4}
+            axes.scatter(*some.T, s=size, label=name, **look)
+    for number, (x, y) in enumerate(places[:shown], 1):
+        axes.annotate(
+            *(str(number), (x, y)),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=9,
+            fontweight="bold",
+            color=INK,
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.75, "linewidth": 0},
+            zorder=6,
         )
 
 

@@ -189,14 +189,12 @@ def inspect_model(
     Raises `PatchwordError` if the model is missing or damaged, no image can be read, or `out` holds
     files and `overwrite` is not set; `UsageError` on numbers out of range.
     """
-    for name, value, least in (("pictures", pictures, 0), ("mapped", mapped, 1)):
-        if value < least:
-            raise UsageError(f"{name} is {value}; use {least} or more")
+    _check(pictures=(pictures, 0), mapped=(mapped, 1))
     folder = Folder(Path(out), format, overwrite)
     where, bad = resolve_device(device), {} if bad is None else bad
     console = console or Console(stderr=True, markup=False, emoji=False)
     net, run = _loaded(model, image_size, where, trust_pickle)
-    if query is not None and isinstance(net, ViT):
+    if isinstance(net, ViT):
         query_token(net.spec, query)
     features = None
     if data is not None:
@@ -217,19 +215,15 @@ def inspect_model(
     )
     shown = work.first(max(pictures, 1))
     folder.prepare()
-    figures: dict[str, Callable[[], dict[str, Any]]] = {
-        "filters": lambda: _filters(work),
-        "position_similarity": lambda: _positions(work, shown.inputs),
-        "attention_distance": lambda: _distance(work),
-    }
-    if pictures:
-        figures["rollout"] = lambda: _rollouts(work, shown)
-        figures["attention"] = lambda: _maps(work, shown, query)
-        figures["tokens"] = lambda: _tokens(work, shown)
-    if features is not None:
-        figures["embedding"] = lambda: features.draw(folder)
-    about = {"model": variant_name(net.spec), "image_size": [*net.spec.image_size]}
-    return Inspection(folder.path, folder.finish(about | _drawn(work, figures)))
+    figures = _figures(work, shown, query, pictures > 0, features)
+    return Inspection(folder.path, folder.finish(_drawn(work, figures)))
+
+
+def _check(**numbers: tuple[int, int]) -> None:
+    """Raises `UsageError` for a number below the least that makes sense."""
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise UsageError(f"{name} is {value}; use {least} or more")
 
 
 def _loaded(
@@ -245,6 +239,28 @@ def _loaded(
     if image_size is not None:
         raise UsageError("image_size is for weights to load, a model has its own; leave it out")
     return model.to(device).eval(), None
+
+
+def _figures(
+    work: _Work,
+    shown: _Pictures,
+    query: tuple[int, int] | None,
+    one_by_one: bool,
+    features: FeatureMap | None,
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Each figure's name, and what draws it and returns its numbers."""
+    figures: dict[str, Callable[[], dict[str, Any]]] = {
+        "filters": lambda: _filters(work),
+        "position_similarity": lambda: _positions(work, shown.inputs),
+        "attention_distance": lambda: _distance(work),
+    }
+    if one_by_one:
+        figures["rollout"] = lambda: _rollouts(work, shown)
+        figures["attention"] = lambda: _maps(work, shown, query)
+        figures["tokens"] = lambda: _tokens(work, shown)
+    if features is not None:
+        figures["embedding"] = lambda: features.draw(work.folder)
+    return figures
 
 
 def _chosen(
@@ -271,7 +287,14 @@ def _drawn(work: _Work, figures: dict[str, Callable[[], dict[str, Any]]]) -> dic
                 found[name] = draw()
             except NotApplicable as reason:
                 skipped[name] = str(reason)
-    return {"images": len(work.indices), "unreadable": dict(work.bad), "skipped": skipped} | found
+    spec = work.net.spec
+    return {
+        "model": variant_name(spec),
+        "image_size": [*spec.image_size],
+        "images": len(work.indices),
+        "unreadable": dict(work.bad),
+        "skipped": skipped,
+    } | found
 
 
 def _filters(work: _Work) -> dict[str, Any]:
@@ -342,8 +365,10 @@ def _maps(work: _Work, shown: _Pictures, query: tuple[int, int] | None) -> dict[
         drawn = draw_attention_maps(image, maps, entropy, query, asked)
         work.folder.draw(f"attention/{name}", drawn)
         found.append({"entropy": numbers(entropy), "maps": numbers(maps, 4)})
-    asked = asked if query is None else "patch"
-    return {"query": None if query is None else [*query], "of": asked} | shown.said(None, found)
+    said = {"query": None, "of": asked}
+    if query is not None:
+        said = {"query": [*query], "of": f"patch {query[0]},{query[1]}"}
+    return said | shown.said(None, found)
 
 
 def _tokens(work: _Work, shown: _Pictures) -> dict[str, Any]:
