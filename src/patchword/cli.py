@@ -351,7 +351,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it notes each table of a PDF's fonts
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every table of a PDF's font
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold more than UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("--help", "-h", "help"):
