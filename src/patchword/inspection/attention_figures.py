@@ -74,7 +74,7 @@ def draw_rollout(image: ArrayLike, mask: ArrayLike) -> Figure:
     """
     values = np.asarray(mask, dtype=np.float64)
     pixels = show_image(image)
-    figure = new_figure(7.6, 2.4 * np.clip(len(pixels) / pixels.shape[1], 0.4, 2.0) + 0.55)
+    figure = new_figure(7.6, 2.25 * np.clip(len(pixels) / pixels.shape[1], 0.4, 2.0) + 0.45)
     original, middle, overlay = figure.subplots(1, 3)
     original.imshow(pixels)
     relative = values / (values.mean() or 1.0)
