@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from patchword.architecture import MixerSpec, Pool
+from patchword.inspection import explain as explaining
 from patchword.inspection.explain import (
     Explanation,
     explain_class,
@@ -209,6 +212,33 @@ def test_a_frozen_model_has_a_rollout_too(random_vit: Make) -> None:
     expected = gradient_rollout(model, images, classes)
     model.requires_grad_(False)
     np.testing.assert_array_equal(gradient_rollout(model, images, classes), expected)
+
+
+def test_one_layers_attention_is_in_memory_at_a_time(
+    random_vit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def watched(*arguments: Any) -> Tensor:
+        gc.collect()
+        assert not any(weights() is not None for weights in made)
+        weights = attention_weights(*arguments)
+        made.append(weakref.ref(weights))
+        return weights
+
+    monkeypatch.setattr(explaining, "attention_weights", watched)
+    model = random_vit(depth=4)
+    gradient_rollout(model, torch.randn(1, 3, *model.spec.image_size), torch.tensor([3]))
+    assert len(made) == 4
+
+
+def test_a_model_in_bfloat16_has_a_rollout_too(random_vit: Make) -> None:
+    model = random_vit(pool="map")
+    images, classes = torch.randn(1, 3, *model.spec.image_size), torch.tensor([3])
+    expected = gradient_rollout(model, images, classes)
+    found = gradient_rollout(model.bfloat16(), images, classes)
+    assert rank_correlation(found, expected) > 0.9
+    np.testing.assert_allclose(found.sum(), expected.sum(), rtol=0.2)
 
 
 # Agreement and the whole ---------------------------------------------------------------------

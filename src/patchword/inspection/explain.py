@@ -23,7 +23,7 @@ from patchword.inspection.recorder import attend, attention_weights, evaluating,
 from patchword.inspection.removal import (
     STEPS,
     Curves,
-    check_classes,
+    checked_classes,
     log_odds,
     occlusion,
     removal_curves,
@@ -59,7 +59,7 @@ def gradient_rollout(model: nn.Module, images: Tensor, classes: Tensor) -> NDArr
     """
     vit = require_vit(model)
     vit.check(images)
-    check_classes(vit, classes, len(images))
+    classes = checked_classes(vit, classes, len(images))
     with evaluating(vit), torch.enable_grad(), ExitStack() as norms:
         for module in vit.modules():
             if isinstance(module, nn.LayerNorm):
@@ -82,12 +82,12 @@ def gradient_rollout(model: nn.Module, images: Tensor, classes: Tensor) -> NDArr
 
 def _relevance(weights: Tensor, gradient: Tensor) -> Tensor:
     """Eq. 5: `[B, h, q, T]` to `[B, q, T]`."""
-    return (weights.detach() * gradient).clamp(min=0).mean(1)
+    return (weights.detach() * gradient).clamp(min=0).float().mean(1)
 
 
 def _first_row(vit: ViT, tokens: Tensor) -> Tensor:
     """How much the head looks at each of the tokens `[B, T, D]`: `[B, 1, T]`."""
-    row = tokens.new_zeros(len(tokens), 1, tokens.shape[1])
+    row = tokens.new_zeros(len(tokens), 1, tokens.shape[1], dtype=torch.float32)
     if vit.class_token is None:
         row[..., vit.spec.prefix :] = 1 / (tokens.shape[1] - vit.spec.prefix)
     else:

@@ -161,7 +161,7 @@ def occlusion(
     up to 16 x 16 patches. `batch_size`: so many of them at a time, which changes speed and memory
     only. Raises `PatchwordError` if images or classes do not fit the model.
     """
-    check_classes(model, classes, len(images))
+    classes = checked_classes(model, classes, len(images))
     grid = patch_grid(model)
     away = windows(grid, choose_window(grid) if window is None else window)
     seen = (~away).flatten(1).nonzero()[:, 1].view(len(away), -1)
@@ -179,14 +179,15 @@ def _all(remove: Removal, images: int) -> Tensor:
     return torch.arange(remove.patches).expand(images, -1)
 
 
-def check_classes(model: Model, classes: Tensor, images: int) -> None:
-    """Raises `PatchwordError` unless there is one of the model's classes for each image, and two
-    to choose from."""
+def checked_classes(model: Model, classes: Tensor, images: int) -> Tensor:
+    """The classes on the CPU. Raises `PatchwordError` unless there is one of the model's classes
+    for each image, and two to choose from."""
     count = model.spec.num_classes
     if count < 2 and model.spec.probability == "softmax":
         raise PatchwordError("a model of one class or none chooses nothing that could be explained")
     if classes.shape != (images,) or not ((classes >= 0) & (classes < count)).all():
         raise PatchwordError(f"give {images} classes from 0 to {count - 1}, one for each image")
+    return classes.cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +228,7 @@ def removal_curves(
     the blank is the image without any. Curves of `steps` + 1 points, or N + 1 if fewer, `[B, O,
     S]`. Raises `PatchwordError` as `occlusion` does.
     """
-    check_classes(model, classes, len(images))
+    classes = checked_classes(model, classes, len(images))
     remove = Removal(model, images, batch_size)
     count, kinds, patches = orders.shape
     gone = np.unique(np.linspace(0, patches, min(steps, patches) + 1).round().astype(int))
