@@ -344,11 +344,14 @@ def _settings(spec: TrainSpec) -> dict[str, Any]:
 
 def _base_spec(words: Sequence[str]) -> TrainSpec:
     """The settings of --config or --recipe, which the flags are laid over."""
-    config, recipe, init = (_option(words, name) for name in ("config", "recipe", "init"))
+    config, recipe, init, objective = (
+        _option(words, name) for name in ("config", "recipe", "init", "objective")
+    )
     if config is not None:
         base = _config_spec(Path(config), recipe, init)
         return dataclasses.replace(base, source=base.source or tyro.MISSING)
-    return dataclasses.replace(base_spec(_source(words), recipe, init), source=tyro.MISSING)
+    base = base_spec(_source(words), recipe, init, objective)
+    return dataclasses.replace(base, source=tyro.MISSING)
 
 
 def _source(words: Sequence[str]) -> str:
@@ -356,7 +359,7 @@ def _source(words: Sequence[str]) -> str:
     others need not be told apart."""
     if words and not words[0].startswith("-"):
         return words[0]
-    values = ("--out", "--init", "--recipe")
+    values = ("--out", "--init", "--recipe", "--objective")
     pairs = zip(["", *words], words, strict=False)
     found = any(word == "digits" and before not in values for before, word in pairs)
     return "digits" if found else ""
@@ -370,11 +373,11 @@ def _config_spec(path: Path, recipe: str | None, init: str | None) -> TrainSpec:
         raise UsageError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} holds no JSON object; give a run's config.json")
-    for name in ("source", "recipe", "init"):
+    for name in ("source", "recipe", "init", "objective"):
         if not isinstance(values.get(name), str | None):
             raise UsageError(f"--config {path}: {name} must be a string, not {values[name]!r}")
     named, weights = recipe or values.get("recipe"), init or values.get("init")
-    base = base_spec(values.get("source") or "", named, weights)
+    base = base_spec(values.get("source") or "", named, weights, values.get("objective"))
     length = next((name for name in LENGTHS if values.get(name) is not None), None)
     if length is not None:  # with steps, the length that was found, not how it was asked for
         values |= {name: None for name in LENGTHS if name != length}

@@ -42,6 +42,29 @@ def percent(share: float | None) -> str:
 
 def show_run(run: Path, summary: dict[str, Any]) -> None:
     """What a run reached, and where it is."""
+    weights = f"{run} ({summary['best_weights']} weights of step {summary['best_step']:,})"
+    if "objective" in summary:
+        lines = {"result": _learned(summary), "weights": weights}
+        lines |= {"report": str(run / "report.html"), "next": summary["next"][0]}
+    else:
+        lines = {"result": _classified(summary), "weights": weights}
+        lines |= {"report": str(run / "report.html")}
+    for name, value in lines.items():
+        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
+
+
+def _learned(summary: dict[str, Any]) -> str:
+    """What a run without labels reached."""
+    if summary["split"] is None:
+        return "no image was held out to measure on"
+    shown = [f"loss {summary['loss']:.4f}"]
+    names = {"knn": "nearest neighbours", "linear": "logistic regression"}
+    shown += [f"{name} {percent(summary[key])}" for key, name in names.items() if key in summary]
+    return f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images"
+
+
+def _classified(summary: dict[str, Any]) -> str:
+    """What a classifier reached."""
     figures = {
         "top-1": "top1",
         "top-5": "top5",
@@ -49,13 +72,7 @@ def show_run(run: Path, summary: dict[str, Any]) -> None:
         "calibration error": "ece",
     }
     shown = [f"{n} {100 * summary[key]:.2f} %" for n, key in figures.items() if key in summary]
-    lines = {
-        "result": f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images",
-        "weights": f"{run} ({summary['best_weights']} weights of step {summary['best_step']:,})",
-        "report": str(run / "report.html"),
-    }
-    for name, value in lines.items():
-        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
+    return f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images"
 
 
 def show_sweep(done: SweepResult, rows: Sequence[Sequence[str]]) -> None:
@@ -170,7 +187,7 @@ _SAID: dict[str, Callable[[dict[str, Any]], str]] = {
     "position_similarity": _said_positions,
     "attention_distance": _said_distance,
     "rollout": _said_pictures,
-    "attention": lambda row: f"{_said_pictures(row)}, of the {row['of']}",
+    "attention": lambda row: f"{_said_pictures(row)}; query: {row['of']}",
     "tokens": _said_pictures,
     "embedding": _said_map,
 }

@@ -218,7 +218,7 @@ class PretrainSpec:
     """blocks of the decoder of mae"""
     decoder_width: int = 512
     decoder_heads: int = 16
-    probe_images: int = 5000
+    probe_images: int = 2000
     """labelled images at most, of train and of val each, by whose features progress is measured;
     0 for the loss alone"""
 

@@ -29,6 +29,7 @@ from patchword.training.parallel import resolve_precision
 from patchword.training.trainer import Trainer
 from patchword.workflows import runs
 from patchword.workflows.inputs import Inputs, eval_batch_size
+from patchword.workflows.pretraining import probed_images, progress_evaluator
 
 TRIAL_SHARE = 0.04
 """of the run's time or steps, for each learning rate tried"""
@@ -207,7 +208,8 @@ def _trial_loss(inputs: Inputs, rate: float, count: int) -> float:
             if not math.isfinite(loss):
                 return math.inf
             trainer.progress.step = trainer.progress.position = position + 1
-    return float(inputs.evaluator("val", TRIAL_IMAGES)(trainer.model.eval())["loss"])
+    measure = progress_evaluator(inputs, trainer.objective, TRIAL_IMAGES)
+    return float(measure(trainer.network.eval())["loss"])
 
 
 def _trial(inputs: Inputs, steps: int, rate: float | None = None) -> Trainer:
@@ -234,15 +236,9 @@ def _steps_in_time(inputs: Inputs, pace: float, started: float, console: Console
     """
     spec = inputs.spec
     budget = seconds(spec.time or "")
-    evaluations = 0.0
     rounds = 10 if spec.eval_every is None else int(budget / pace / spec.eval_every) + 1
-    for part, times in (("val", rounds * (2 if spec.optim.average else 1)), ("test", 1)):
-        size = len(inputs.division[part])
-        sample = min(size, 4 * eval_batch_size(inputs.model))
-        if sample:
-            began = time.monotonic()
-            inputs.evaluator(part, sample)(inputs.model.eval())
-            evaluations += times * (time.monotonic() - began) * size / sample
+    rounds *= 2 if spec.optim.average else 1
+    evaluations = _evaluation_seconds(inputs, rounds)
     left = 0.95 * (budget - (time.monotonic() - started)) - evaluations
     steps = int(left / pace)
     if steps < 1:
@@ -255,6 +251,25 @@ def _steps_in_time(inputs: Inputs, pace: float, started: float, console: Console
         highlight=False,
     )
     return steps
+
+
+def _evaluation_seconds(inputs: Inputs, rounds: int) -> float:
+    """Of `rounds` evaluations on val, and one on test where labels are learned, from a sample."""
+    trainer, total = _trial(inputs, 1000), 0.0
+    network, labels = trainer.network.eval(), not inputs.spec.self_supervised
+    for part, times in (("val", rounds), *([("test", 1)] if labels else [])):
+        size = len(inputs.division[part])
+        sample = min(size, 4 * eval_batch_size(inputs.model))
+        if not sample:
+            continue
+        began = time.monotonic()
+        if part == "val":
+            progress_evaluator(inputs, trainer.objective, sample)(network)
+            size += probed_images(inputs)
+        else:
+            inputs.evaluator(part, sample)(network)
+        total += times * (time.monotonic() - began) * size / sample
+    return total
 
 
 def _pace(trainer: Trainer, inputs: Inputs, limit: float, steps: int = 13) -> float:

@@ -73,6 +73,11 @@ def check_objective(spec: TrainSpec, model: ModelSpec) -> None:
         )
 
 
+def training_exaflops(spec: TrainSpec, model: ModelSpec, images: int) -> float:
+    """As `models.zoo.exaflops`, of what the objective computes."""
+    return 6 * training_macs(spec, model) * images / 1e18
+
+
 def training_macs(spec: TrainSpec, model: ModelSpec) -> int:
     """Multiply-accumulates of one image's forward pass in training, counted as `models.vit.macs`
     does: of the model and the objective's parts, for as many tokens as they see."""

@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from patchword.models.model import Model
+from patchword.training.objectives.pictures import Pictures
 from patchword.types import Forward
 
 
@@ -30,6 +31,10 @@ class Objective:
         `[B, C, H, W]`, normalised; `targets` as the data have them. Random numbers come from
         torch's default generator.
         """
+        raise NotImplementedError
+
+    def pictures(self, network: Forward, images: Tensor) -> Pictures:
+        """Images beside what the network saw of them and predicts, where it predicts pixels."""
         raise NotImplementedError
 
 
