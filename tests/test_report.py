@@ -21,7 +21,8 @@ from PIL import Image
 from patchword import facts
 from patchword.card import markdown, write_model_card
 from patchword.evaluation.classify import Classification, Classify
-from patchword.inspection.figures import Series, draw_curves
+from patchword.inspection.drawing import encode
+from patchword.inspection.run_figures import Series, draw_curves
 from patchword.parsing import PatchwordError, to_dict
 from patchword.report import Mistake, write_report
 from patchword.specs import OptimSpec, TrainSpec
@@ -144,7 +145,7 @@ def mistakes_of(result: Classification, count: int = 6) -> list[Mistake]:
 def nasty(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page, Classification]:
     run = make_run(tmp_path_factory.mktemp("nasty") / "run", NASTY)
     result = measured(NASTY, skipped=2)
-    figure = draw_curves([Series("a", [0, 1], [0, 1])], "A", "a")
+    figure = encode(draw_curves([Series("a", [0, 1], [0, 1])], "A", "a"))
     path = write_report(
         run,
         result=result,

@@ -31,6 +31,7 @@ from patchword.specs import (
     ModelOptions,
     OptimSpec,
     PreprocessOptions,
+    PretrainSpec,
     TrainSpec,
     TuneSpec,
     seconds,
@@ -310,7 +311,15 @@ def test_changed_finds_names_in_groups():
 def test_names_within_the_groups_are_unique():
     """`changed` and the flags find them without their group."""
     names = [f.name for f in dataclasses.fields(TrainSpec)]
-    for group in (ModelOptions, PreprocessSpec, DataSpec, AugmentSpec, OptimSpec, TuneSpec):
+    for group in (
+        ModelOptions,
+        PreprocessSpec,
+        DataSpec,
+        AugmentSpec,
+        OptimSpec,
+        TuneSpec,
+        PretrainSpec,
+    ):
         names += [f.name for f in dataclasses.fields(group)]
     assert len(set(names)) == len(names)
 
@@ -334,6 +343,7 @@ READERS = {
     AugmentSpec: ["data"],
     OptimSpec: ["training", "workflows"],
     TuneSpec: ["training"],
+    PretrainSpec: ["training", "workflows"],
     TrainSpec: ["training", "workflows"],
 }
 
@@ -343,7 +353,7 @@ def test_every_field_is_read_where_it_belongs(cls: type):
     """So that no key of a config is silently ignored."""
     read: set[str] = set()
     for folder in READERS[cls]:
-        for file in (SRC / folder).glob("*.py"):
+        for file in (SRC / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     read.add(node.attr)

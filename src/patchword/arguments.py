@@ -45,8 +45,8 @@ class TrainArguments(TrainSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelArguments:
-    """How a command runs a model."""
+class _LoadArguments:
+    """How a command loads a model, and feeds it with images."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that
@@ -56,7 +56,6 @@ class _ModelArguments:
     batch_size: int | None = None
     """images at a time; changes speed and memory only"""
     device: Device = "auto"
-    precision: Precision = "float32"
     workers: int | None = None
     """processes that read images; by default one per core, none for a few images"""
     trust_pickle: bool = False
@@ -73,6 +72,13 @@ class _ModelArguments:
             raise UsageError(f"--workers is {workers}; use 0 or more")
         values = vars(self) | {"image_size": _sides(self.image_size)}
         return {name: value for name, value in values.items() if name not in ("json", "csv")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelArguments(_LoadArguments):
+    """How a command runs a model."""
+
+    precision: Precision = "float32"
 
 
 def _sides(size: tuple[int, ...] | None) -> tuple[int, int] | None:
@@ -109,6 +115,83 @@ class PredictArguments(_ModelArguments):
     """give no label to images whose top probability is below this, such as 0.9"""
     csv: bool = False
     """print comma-separated values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments(_LoadArguments):
+    """Draw what a model has learned and what it looks at: filters, position similarity, attention
+    distance over all images; rollout, attention maps and patch tokens of the first; a map of the
+    features of a data set. With summary.json, which holds the numbers."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")] = ()
+    """files, folders, patterns, or - for a list on standard input; with --data alone, 128 images
+    of DATA"""
+    out: str
+    """the folder to write to"""
+    data: str | None = None
+    """a labelled folder, .csv manifest, parquet, digits, or hub:ORG/NAME, whose features are
+    mapped"""
+    split: str | None = None
+    """the part of --data: train, val, test or all; by default as in evaluate"""
+    query: str | None = None
+    """ROW,COL, from 0: the patch whose attention is shown, instead of the class token's"""
+    pictures: int = 8
+    """images to draw rollout, attention and tokens of; the averages are over all"""
+    mapped: int = 2000
+    """images of --data to map at most, evenly spread"""
+    format: Literal["png", "pdf"] = "png"
+    """pdf: vector graphics for papers"""
+    overwrite: bool = False
+    """replace the figures that are in --out"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        values = super().settings()
+        if not self.images and self.data is None:
+            raise UsageError("no images given; name files, folders or a pattern, or --data DATA")
+        if self.split is not None and self.data is None:
+            raise UsageError("--split names a part of --data DATA; give both")
+        for name, least in (("pictures", 0), ("mapped", 1)):
+            if values[name] < least:
+                raise UsageError(f"--{name} is {values[name]}; use {least} or more")
+        return values | {"query": _patch(self.query)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainArguments(_LoadArguments):
+    """Show why images have their class: which patches speak for it, by gradient-weighted rollout
+    and by occlusion, whether both agree, and how much they are worth (deletion and insertion). One
+    picture for each image."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    """files, folders, patterns, or - for a list on standard input"""
+    label: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    """the class to explain; by default each image's most probable one"""
+    out: str | None = None
+    """the picture, .png or .pdf; for several images a folder; by default explain-IMAGE.png here"""
+    window: int | None = None
+    """patches a side to take away at a time for occlusion; by default 1 up to 16 x 16 patches, and
+    at finer grids so many that an image needs no more than 256 passes"""
+    overwrite: bool = False
+    """replace pictures that exist"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        if not self.images:
+            raise UsageError("no images given; name files, folders or a pattern")
+        if self.window is not None and self.window < 1:
+            raise UsageError(f"--window is {self.window}; use 1 or more")
+        return super().settings()
+
+
+def _patch(text: str | None) -> tuple[int, int] | None:
+    """(row, column) of what --query was given. Raises `UsageError`."""
+    if text is None:
+        return None
+    row, comma, column = text.partition(",")
+    if not comma or not row.strip().isdecimal() or not column.strip().isdecimal():
+        raise UsageError(f"--query is {text!r}; give ROW,COL, such as 0,5")
+    return int(row), int(column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,11 +344,14 @@ def _settings(spec: TrainSpec) -> dict[str, Any]:
 
 def _base_spec(words: Sequence[str]) -> TrainSpec:
     """The settings of --config or --recipe, which the flags are laid over."""
-    config, recipe, init = (_option(words, name) for name in ("config", "recipe", "init"))
+    config, recipe, init, objective = (
+        _option(words, name) for name in ("config", "recipe", "init", "objective")
+    )
     if config is not None:
         base = _config_spec(Path(config), recipe, init)
         return dataclasses.replace(base, source=base.source or tyro.MISSING)
-    return dataclasses.replace(base_spec(_source(words), recipe, init), source=tyro.MISSING)
+    base = base_spec(_source(words), recipe, init, objective)
+    return dataclasses.replace(base, source=tyro.MISSING)
 
 
 def _source(words: Sequence[str]) -> str:
@@ -273,7 +359,7 @@ def _source(words: Sequence[str]) -> str:
     others need not be told apart."""
     if words and not words[0].startswith("-"):
         return words[0]
-    values = ("--out", "--init", "--recipe")
+    values = ("--out", "--init", "--recipe", "--objective")
     pairs = zip(["", *words], words, strict=False)
     found = any(word == "digits" and before not in values for before, word in pairs)
     return "digits" if found else ""
@@ -287,11 +373,11 @@ def _config_spec(path: Path, recipe: str | None, init: str | None) -> TrainSpec:
         raise UsageError(f"--config {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} holds no JSON object; give a run's config.json")
-    for name in ("source", "recipe", "init"):
+    for name in ("source", "recipe", "init", "objective"):
         if not isinstance(values.get(name), str | None):
             raise UsageError(f"--config {path}: {name} must be a string, not {values[name]!r}")
     named, weights = recipe or values.get("recipe"), init or values.get("init")
-    base = base_spec(values.get("source") or "", named, weights)
+    base = base_spec(values.get("source") or "", named, weights, values.get("objective"))
     length = next((name for name in LENGTHS if values.get(name) is not None), None)
     if length is not None:  # with steps, the length that was found, not how it was asked for
         values |= {name: None for name in LENGTHS if name != length}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from patchword.arguments import (
     DemoArguments,
     DoctorArguments,
     EvaluateArguments,
+    ExplainArguments,
+    InspectArguments,
     ListArguments,
     ModelsArguments,
     PredictArguments,
@@ -114,8 +117,7 @@ def predict(arguments: Sequence[str]) -> int:
         raise UsageError("--json and --csv are two forms of one result; give one of them")
     if not args.images:
         raise UsageError("no images given; name files, folders or a pattern, or - to read a list")
-    given = (_lines_in() if name == "-" else [name] for name in args.images)
-    settings["images"] = [path for paths in given for path in paths]
+    settings["images"] = _paths(args.images)
     bad: dict[str, str] = {}
     from patchword.workflows.measuring import predict as classify
 
@@ -133,6 +135,49 @@ def predict(arguments: Sequence[str]) -> int:
     if bad:
         err.print(f"{len(bad)} of {len(bad) + len(found)} files could not be read", highlight=False)
     return 0
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """The paper's figures: filters, positions, attention, tokens, a map of features."""
+    args = read(InspectArguments, arguments, "inspect")
+    settings = args.settings()
+    settings["images"] = _paths(args.images)
+    bad: dict[str, str] = {}
+    from patchword.workflows.inspecting import inspect_model
+
+    done = inspect_model(**settings, bad=bad, console=err)
+    for name, reason in done.summary["skipped"].items():
+        err.print(f"no {name}: {reason}", highlight=False, soft_wrap=True)
+    if args.json:
+        print(json.dumps(done.summary))
+    else:
+        printing.show_inspection(done.out, done.summary)
+    if bad:
+        err.print(f"{printing.files(len(bad))} could not be read", highlight=False)
+    return 0
+
+
+def explain(arguments: Sequence[str]) -> int:
+    """Why images have their class: rollout, occlusion, and what they are worth."""
+    args = read(ExplainArguments, arguments, "explain")
+    settings = args.settings()
+    settings["images"] = _paths(args.images)
+    bad: dict[str, str] = {}
+    from patchword.workflows.explaining import explain_images
+
+    done = explain_images(**settings, bad=bad, console=err)
+    if args.json:
+        print(json.dumps(done.to_dict()))
+    else:
+        printing.show_explanations(done)
+    if bad:
+        err.print(f"{printing.files(len(bad))} could not be read", highlight=False)
+    return 0
+
+
+def _paths(given: Sequence[str]) -> list[str]:
+    """IMAGES of the command line, with what standard input lists for each -."""
+    return [path for name in given for path in (_lines_in() if name == "-" else [name])]
 
 
 def _lines_in() -> list[str]:
@@ -280,6 +325,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "inspect": inspect,
+    "explain": explain,
     "check": check,
     "calibrate": calibrate,
     "convert": convert,
@@ -303,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [word for word in arguments if word != "--debug"]
     handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it notes each table of a PDF's fonts
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold more than UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("--help", "-h", "help"):

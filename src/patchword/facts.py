@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,25 @@ class RunFacts:
         )
         step = self.number("best_step")
         return ", ".join(filter(None, [kind, f"step {step:,.0f}" if step is not None else ""]))
+
+    @property
+    def objective(self) -> str:
+        """What was learned: `classification`, or without labels `masked-patch` or `mae`."""
+        return str(self.config.get("objective") or "classification")
+
+    @property
+    def predicts(self) -> str:
+        """What a self-supervised run predicts of a patch: `mean`, `4x4`, `pixels`, or `mae`."""
+        return "mae" if self.objective == "mae" else str(self._pretrain.get("predict", ""))
+
+    @property
+    def mask_rate(self) -> float | None:
+        """The share of the patches that such a run hides."""
+        return finite(self._pretrain.get("mask_rate"))
+
+    @property
+    def _pretrain(self) -> dict[str, Any]:
+        return _mapping(self.config.get("pretrain"))
 
 
 def read_run(path: Path) -> RunFacts:
@@ -128,17 +148,53 @@ def notes(run: RunFacts, result: Classification, split: str) -> list[str]:
             f"{count(result.skipped, 'image')} could not be read and {verb} left out of the "
             "figures."
         )
-    bad = run.number("bad_images")
-    if bad:
-        verb = "was" if bad == 1 else "were"
-        found.append(f"{count(bad, 'image')} of the data could not be read and {verb} skipped.")
+    found += _note_skipped(run)
     rows = result.per_class.items()
     _note_classes(found, "without an image here", [k for k, row in rows if not row["n"]])
     never = [name for name, row in rows if row["n"] and row["precision"] is None]
     _note_classes(found, "never predicted", never)
-    if run.environment.get("git_dirty") is True:
-        found.append("The code had changes that were not committed: the commit does not show them.")
-    return found
+    return found + _note_code(run)
+
+
+def pretraining_notes(run: RunFacts) -> list[str]:
+    """What a reader must know before trusting the figures of a self-supervised run."""
+    found: list[str] = []
+    knn, n = run.number("knn"), int(run.number("n") or 0)
+    if n:
+        by = "nearest neighbours" if knn is not None else "loss"
+        found.append(
+            f"Measured on validation images, which also chose the best weights by their {by}: the "
+            "figures are a little optimistic. No test image was looked at."
+        )
+    else:
+        found.append("No image was held out: nothing says how well the model does on new ones.")
+    if knn is None:
+        found.append("Without labels nothing tells what the features are worth for a task.")
+    return found + _note_skipped(run) + _note_code(run)
+
+
+def pretraining_commands(run: RunFacts) -> list[str]:
+    """What to do with the weights of a self-supervised run."""
+    known = run.number("knn") is not None and run.source
+    data, path = shlex.quote(run.source) if known else "LABELLED_DATA", shlex.quote(str(run.path))
+    return [
+        f"patchword train {data} --init {path}",
+        f"patchword evaluate {path} {data} --probe fewshot --probe knn --probe logistic",
+    ]
+
+
+def _note_skipped(run: RunFacts) -> list[str]:
+    bad = run.number("bad_images")
+    if not bad:
+        return []
+    verb = "was" if bad == 1 else "were"
+    return [f"{count(bad, 'image')} of the data could not be read and {verb} skipped."]
+
+
+def _note_code(run: RunFacts) -> list[str]:
+    dirty = run.environment.get("git_dirty") is True
+    said = "The code had changes that were not committed: the commit does not show them."
+    return [said] if dirty else []
 
 
 def sweep_rows(found: object) -> list[tuple[str, str, str]]:

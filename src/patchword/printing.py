@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from patchword.weights.pretrained import Pretrained
     from patchword.workflows.calibrating import Calibrated
     from patchword.workflows.checking import Checked
+    from patchword.workflows.explaining import Explanations
     from patchword.workflows.listing import Variant
     from patchword.workflows.measuring import Prediction
     from patchword.workflows.probing import Probing
@@ -40,6 +42,29 @@ def percent(share: float | None) -> str:
 
 def show_run(run: Path, summary: dict[str, Any]) -> None:
     """What a run reached, and where it is."""
+    weights = f"{run} ({summary['best_weights']} weights of step {summary['best_step']:,})"
+    if "objective" in summary:
+        lines = {"result": _learned(summary), "weights": weights}
+        lines |= {"report": str(run / "report.html"), "next": summary["next"][0]}
+    else:
+        lines = {"result": _classified(summary), "weights": weights}
+        lines |= {"report": str(run / "report.html")}
+    for name, value in lines.items():
+        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
+
+
+def _learned(summary: dict[str, Any]) -> str:
+    """What a run without labels reached."""
+    if summary["split"] is None:
+        return "no image was held out to measure on"
+    shown = [f"loss {summary['loss']:.4f}"]
+    names = {"knn": "nearest neighbours", "linear": "logistic regression"}
+    shown += [f"{name} {percent(summary[key])}" for key, name in names.items() if key in summary]
+    return f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images"
+
+
+def _classified(summary: dict[str, Any]) -> str:
+    """What a classifier reached."""
     figures = {
         "top-1": "top1",
         "top-5": "top5",
@@ -47,13 +72,7 @@ def show_run(run: Path, summary: dict[str, Any]) -> None:
         "calibration error": "ece",
     }
     shown = [f"{n} {100 * summary[key]:.2f} %" for n, key in figures.items() if key in summary]
-    lines = {
-        "result": f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images",
-        "weights": f"{run} ({summary['best_weights']} weights of step {summary['best_step']:,})",
-        "report": str(run / "report.html"),
-    }
-    for name, value in lines.items():
-        out.print(f"{name:8}{value}", highlight=False, soft_wrap=True)
+    return f"{', '.join(shown)} on {summary['n']:,} {summary['split']} images"
 
 
 def show_sweep(done: SweepResult, rows: Sequence[Sequence[str]]) -> None:
@@ -118,6 +137,92 @@ def write_csv(found: Sequence[Prediction], may_abstain: bool) -> None:
     for p in found:
         said = [p.label, str(p.abstained).lower()] if may_abstain else []
         writer.writerow([p.path, *said, *(x for pair in p.top for x in pair)])
+
+
+def show_inspection(folder: Path, summary: dict[str, Any]) -> None:
+    """What each figure says, in numbers."""
+    table = table_of("figure", "what it says", whole=("figure",))
+    for name, say in _SAID.items():
+        if name in summary:
+            table.add_row(name, say(summary[name]))
+    out.print(table)
+    number = len(summary["files"])
+    where = f"{files(number)} in {folder}, the numbers in {folder / 'summary.json'}"
+    out.print(where, highlight=False, soft_wrap=True)
+
+
+def _said_positions(row: dict[str, Any]) -> str:
+    names = {"row": "same row", "column": "same column", "neighbour": "neighbours", "far": "far"}
+    shown = [f"{text} {row[k]:.2f}" for k, text in names.items() if row[k] is not None]
+    return f"{row['position']}: {', '.join(shown)}"
+
+
+def _said_distance(row: dict[str, Any]) -> str:
+    first = [value for value in row["pixels"][0] if value is not None] or [math.nan]
+    last = row["layer_means"][-1]
+    return (
+        f"over {row['images']:,} images: heads of layer 0 {min(first):.1f} to {max(first):.1f} px, "
+        f"mean of the last layer {math.nan if last is None else last:.1f} px, uniform attention "
+        f"{row['uniform']:.1f} px"
+    )
+
+
+def _said_map(row: dict[str, Any]) -> str:
+    same = percent(row["nearest_of_same_class"])
+    return (
+        f"{row['images']:,} images of {row['part']}: nearest neighbour of the same class {same}, "
+        f"{len(row['mistakes']):,} mistakes by the {row['mistakes_by']}"
+    )
+
+
+def _said_pictures(row: dict[str, Any]) -> str:
+    count = len(row["pictures"])
+    return f"{count} picture{'s' * (count != 1)}"
+
+
+_SAID: dict[str, Callable[[dict[str, Any]], str]] = {
+    "filters": lambda row: (
+        f"{len(row['explained'])} components explain {percent(row['total'])} of the variance"
+    ),
+    "position_similarity": _said_positions,
+    "attention_distance": _said_distance,
+    "rollout": _said_pictures,
+    "attention": lambda row: f"{_said_pictures(row)}; query: {row['of']}",
+    "tokens": _said_pictures,
+    "embedding": _said_map,
+}
+
+
+def show_explanations(done: Explanations) -> None:
+    """Each image's class, and what the maps are worth; the last row is the mean."""
+    table = table_of("image", "map", "deletion", "insertion", whole=("map",))
+    for row in done.images:
+        found = row.explanation
+        about = f"{row.path}\n{row.label} {percent(found.probability)}"
+        _add_scores(table, about, found.agreement, found.scores)
+    mean = done.mean()
+    if len(done.images) > 1:
+        scores = {name: (area, mean["insertion"][name]) for name, area in mean["deletion"].items()}
+        _add_scores(table, f"mean of {len(done.images):,} images", mean["agreement"], scores)
+    out.print(table)
+    folders = {str(row.picture.parent) for row in done.images}
+    lines = {
+        "patches": f"taken away by {done.taken_away_by}",
+        "scores": "areas under the curves, 0 to 1: deletion small, insertion large is good",
+        "pictures": done.images[0].picture if len(done.images) == 1 else ", ".join(folders),
+    }
+    for name, value in lines.items():
+        out.print(f"{name:9}{value}", highlight=False, soft_wrap=True)
+
+
+def _add_scores(
+    table: Table, about: str, agreement: float | None, scores: Mapping[str, tuple[float, float]]
+) -> None:
+    """The maps line by line, beside what goes for all of them."""
+    if agreement is not None:
+        about += f"\nagreement {agreement:.2f}"
+    columns = zip(*((f"{a:.3f}", f"{b:.3f}") for a, b in scores.values()), strict=True)
+    table.add_row(about, "\n".join(scores), *map("\n".join, columns), end_section=True)
 
 
 def show_calibration(done: Calibrated) -> None:

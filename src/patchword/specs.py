@@ -205,6 +205,38 @@ class TuneSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainSpec:
+    """Self-supervision, with --objective masked-patch (section 4.6) or mae (arXiv 2111.06377)."""
+
+    mask_rate: float | None = None
+    """share of an image's patches that are corrupted or left out; by default 0.5 for masked-patch
+    and 0.75 for mae"""
+    predict: Literal["mean", "4x4", "pixels"] = "mean"
+    """of masked-patch, from each corrupted patch: its mean colour in 3 bits a channel, 4x4 such
+    colours of the down-sized patch, or all its pixels"""
+    decoder_depth: int = 8
+    """blocks of the decoder of mae"""
+    decoder_width: int = 512
+    decoder_heads: int = 16
+    probe_images: int = 2000
+    """labelled images at most, of train and of val each, by whose features progress is measured;
+    0 for the loss alone"""
+
+    def __post_init__(self) -> None:
+        rate, width, heads = self.mask_rate, self.decoder_width, self.decoder_heads
+        _require(rate is None or 0 < rate < 1, f"mask_rate is {rate}; it must be between 0 and 1")
+        for name in ("decoder_depth", "decoder_width", "decoder_heads"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; use 1 or more")
+        _require(
+            width >= 8 and width % 4 == 0 and width % heads == 0,
+            f"decoder_width is {width}; it must be a multiple of 4 and of decoder_heads {heads}, 8 "
+            "or more",
+        )
+        _require(self.probe_images >= 0, f"probe_images is {self.probe_images}; use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Changes to the named variant; None leaves the variant's own value. Each is a field of a
     family's spec, and `resolve` says which of them a family lacks."""
@@ -239,6 +271,7 @@ class ModelOptions:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
+ObjectiveName = Literal["classification", "masked-patch", "mae"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -258,6 +291,9 @@ class TrainSpec:
     `patchword models --pretrained` lists"""
     trust_pickle: bool = _free(False)
     """read --init even if it is a pickle (.pth): for files whose source you trust"""
+    objective: ObjectiveName = "classification"
+    """what is learned: the labels, or without them the colours of corrupted patches (masked-patch)
+    or the pixels of patches that the model did not see (mae)"""
     probe: bool = False
     """before training, fit a logistic regression to the frozen features of --init: it is the best
     model until training, which starts from a head of zeros (section 3.2), betters it"""
@@ -294,6 +330,7 @@ class TrainSpec:
     augment: AugmentSpec = AugmentSpec()
     optim: OptimSpec = OptimSpec()
     tuning: TuneSpec = TuneSpec()
+    pretrain: PretrainSpec = PretrainSpec()
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
@@ -315,6 +352,30 @@ class TrainSpec:
         )
         if self.time is not None:
             seconds(self.time)
+        if self.objective != "classification":
+            self._check_pretraining()
+
+    def _check_pretraining(self) -> None:
+        """What asks for labels, or says how to use them, is refused."""
+        asked = {
+            "--probe": self.probe,
+            "--balance": self.data.balance != "none",
+            "--tune": self.tuning.tune != "all",
+            "--mixup": self.augment.mixup > 0,
+            "--cutmix": self.augment.cutmix > 0,
+            "--patch-dropout": bool(self.options.patch_dropout),
+        }
+        for flag, given in asked.items():
+            _require(
+                not given,
+                f"{flag} goes with --objective classification, not {self.objective}; leave it out, "
+                "or use another --recipe",
+            )
+
+    @property
+    def self_supervised(self) -> bool:
+        """Whether the labels of the data are not learned: they may be missing."""
+        return self.objective != "classification"
 
     @property
     def size(self) -> tuple[int, int]:

@@ -36,8 +36,9 @@ class Outputs(NamedTuple):
     """patches along height and width; N = their product"""
 
 
-Forward = Callable[[Tensor], Tensor]
-"""Normalised float images `[B, C, H, W]` to logits `[B, K]`."""
+Forward = Callable[..., Tensor]
+"""Normalised float images `[B, C, H, W]` to logits `[B, K]`, or to features where there is no head;
+with draws of a self-supervised objective after the images, to its predictions."""
 
 
 class Evaluator(Protocol):

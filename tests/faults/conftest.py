@@ -34,7 +34,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The report is tested elsewhere, and takes longer than these runs."""
-    monkeypatch.setattr("patchword.workflows.training_run.report_run", lambda *args: None)
+    monkeypatch.setattr("patchword.workflows.finishing.report_run", lambda *args: None)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
             self.signals.append(15)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchword.workflows.training_run.report_run", lambda *args: None)
+        patch.setattr("patchword.workflows.finishing.report_run", lambda *args: None)
         patchword.train("digits", out=folder / "whole", **settings)
         patch.setattr(Run, "show", show_and_stop)
         with pytest.raises(Interrupted):

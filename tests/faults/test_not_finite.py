@@ -114,7 +114,7 @@ def test_best_weights_survive_a_rollback(tmp_path, train, monkeypatch, poisoned)
     monkeypatch.setattr(
         Inputs,
         "evaluator",
-        lambda self, part: (
+        lambda self, part, _=None: (
             (lambda f: {"top1": tops.get(next(names), 0.1), "loss": 1.0})
             if part == "val"
             else real(self, part)

@@ -34,7 +34,7 @@ def config(run: Path) -> TrainSpec:
 @pytest.fixture
 def train(finished: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
     """`train(run, **changes)`: a short run from the weights of another, without a report."""
-    monkeypatch.setattr("patchword.workflows.training_run.report_run", lambda *_: None)
+    monkeypatch.setattr("patchword.workflows.finishing.report_run", lambda *_: None)
     settings = SETTINGS | {"init": finished, "val_fraction": 0.2}
     return lambda run, **changes: patchword.train(photos, out=run, **settings | changes)
 
@@ -192,7 +192,7 @@ def test_a_batch_too_large_for_the_memory_is_taken_in_parts(
     assert parts in (2, 4, 8)
     assert f"batch of 8 in {parts} parts" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr("patchword.workflows.training_run.report_run", lambda *_: None)
+    monkeypatch.setattr("patchword.workflows.finishing.report_run", lambda *_: None)
     assert train(tmp_path / "run", steps=2).result is None  # the same run, on a larger machine
 
 
@@ -247,9 +247,7 @@ def test_evaluations_take_no_more_than_their_share_of_the_time(
 ):
     """With a resumed run knowing how often that was."""
     monkeypatch.setattr(starting, "_limit", lambda _: 0.0)
-    monkeypatch.setattr(
-        starting, "_evaluation_time", lambda _, part: {"val": 1.0, "test": 1.0}[part]
-    )
+    monkeypatch.setattr(starting, "_evaluation_time", lambda *at: {"val": 1.0, "test": 1.0}[at[2]])
     settings = {"time": "8s", "average": 0.0}
     train(tmp_path / "run", **settings)
     spec = config(tmp_path / "run")

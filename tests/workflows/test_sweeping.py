@@ -20,7 +20,7 @@ from patchword.parsing import changed
 from patchword.specs import TrainSpec
 from patchword.training.recipes import recipe_spec
 from patchword.training.trainer import Trainer
-from patchword.workflows import starting, training_run
+from patchword.workflows import finishing, starting
 from patchword.workflows.inputs import Inputs
 from patchword.workflows.sweeping import SweepResult, rates_of, sweep
 
@@ -34,7 +34,7 @@ STEPS = 6
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports of the whole only, but in what the fixtures below have run before."""
-    monkeypatch.setattr(training_run, "report_run", lambda *_: None)
+    monkeypatch.setattr(finishing, "report_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

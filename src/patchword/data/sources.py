@@ -112,7 +112,7 @@ def open_source(name: str) -> Source:
 
         return open_parquet(path, [path])
     if path.is_dir():
-        if files := _parquet_files(path):
+        if files := parquet_files(path):
             from patchword.data.parquet import open_parquet
 
             return open_parquet(path, files)
@@ -289,7 +289,7 @@ def _has_image(root: Path, top: str) -> bool:
     return next(image_files(str(root / top)), None) is not None
 
 
-def _parquet_files(root: Path) -> list[Path]:
+def parquet_files(root: Path) -> list[Path]:
     """Parquet files of the layouts that the Hugging Face hub uses."""
     files: list[Path] = []
     for base in (root, root / "data", root / "default"):

@@ -5,12 +5,23 @@ Paper section 4.5 and D.7: figure 7 left and centre, figure 10.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from patchword.inspection.recorder import (
+    attention_inputs,
+    batched,
+    queries_and_keys,
+    require_vit,
+)
+from patchword.models.model import Model
+from patchword.models.position import PositionTable, Relative, Rotary
+from patchword.models.vit import ViT
 from patchword.parsing import PatchwordError
 
 
@@ -68,6 +79,121 @@ def position_similarity(
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = vectors / np.where(norms > 0, norms, 1.0)
     return np.clip(unit @ unit.T, -1.0, 1.0).reshape(rows, cols, rows, cols)
+
+
+@dataclass(frozen=True)
+class PositionStructure:
+    """What a grid of similarities says, in differences and means of them; None where the grid has
+    no such pairs of patches."""
+
+    row: float | None
+    """how much more alike patches of the same row are than patches as far from each other that
+    share neither row nor column; in [-2, 2], about 0 for random tables and for similarity that
+    depends on the distance alone"""
+    column: float | None
+    """likewise of the same column"""
+    neighbour: float | None
+    """mean similarity of patches side by side or one above the other, in [-1, 1]"""
+    far: float | None
+    """mean similarity of patches at least half the longest distance on the grid apart, in
+    [-1, 1]"""
+
+
+def position_structure(similarity: ArrayLike) -> PositionStructure:
+    """Row and column structure of `position_similarity`, `[rows, cols, rows, cols]` (section 4.5:
+    closer patches are more alike, and so are patches of the same row or column).
+
+    Distances are counted in patches. `row` and `column` are means over all pairs of the row or
+    column as far apart as some pairs that share neither, at least sqrt(2): each pair less the mean
+    similarity of those, linear between the distances at which there are any.
+    """
+    values = np.asarray(similarity, dtype=np.float64)
+    rows, cols = values.shape[:2]
+    y, x = (axis.ravel() for axis in np.mgrid[:rows, :cols])
+    down, across = np.abs(y[:, None] - y), np.abs(x[:, None] - x)
+    square = down**2 + across**2
+    flat = values.reshape(rows * cols, rows * cols)
+    neither = (down > 0) & (across > 0)
+    return PositionStructure(
+        row=_excess(flat, (down == 0) & (across > 0), neither, square),
+        column=_excess(flat, (down > 0) & (across == 0), neither, square),
+        neighbour=_mean(flat[square == 1]),
+        far=_mean(flat[(square > 0) & (4 * square >= square.max())]),
+    )
+
+
+def _excess(
+    values: NDArray[np.float64],
+    some: NDArray[np.bool_],
+    others: NDArray[np.bool_],
+    square: NDArray[np.int64],
+) -> float | None:
+    """Mean over the pairs `some` of how much they exceed the mean of the `others` as far apart."""
+    levels, place = np.unique(square[others], return_inverse=True)
+    if not len(levels):
+        return None
+    curve = np.bincount(place, values[others]) / np.bincount(place)
+    near = some & (square >= levels[0]) & (square <= levels[-1])
+    expected = np.interp(np.sqrt(square[near]), np.sqrt(levels), curve)
+    return _mean(values[near] - expected)
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def position_vectors(model: Model) -> NDArray[np.float64] | None:
+    """The table of positions that the model adds to its patches at the input, `[N, D]`, row by row,
+    without class token and registers: learned 1-D or 2-D, or sin-cos. None if it has none."""
+    position = model.position_in(0) if isinstance(model, ViT) else None
+    if not isinstance(position, PositionTable):
+        return None
+    grid = cast(ViT, model).spec.grid
+    return _matrix(position()[0, -grid[0] * grid[1] :])
+
+
+def induced_bias(model: Model, layer: int, images: torch.Tensor) -> NDArray[np.float64]:
+    """What a position rule does to a layer's attention between patches, `[heads, rows, cols, rows,
+    cols]`: entry (h, i, j) is the map of the patch in row i and column j as a query.
+
+    Relative positions (D.4): what is added to the logits (after the scale) for the mean query over
+    all patches of `images`, normalised `[B, C, H, W]`. Rotary: the mean over the pairs of channels
+    of the cosine of the angle between query and key, in [-1, 1]: the factor on the logits of
+    queries and keys whose pairs agree; the same for all heads, layers and images. Raises
+    `PatchwordError` where no rule acts in the layer (0 first).
+    """
+    vit = require_vit(model)
+    rule = vit.position_in(layer) if 0 <= layer < vit.spec.depth else None
+    grid, heads = vit.spec.grid, vit.spec.heads
+    if isinstance(rule, Rotary):
+        kernel = _matrix(rule.cos) @ _matrix(rule.cos).T + _matrix(rule.sin) @ _matrix(rule.sin).T
+        bias = np.broadcast_to(kernel / rule.cos.shape[1], (heads, *kernel.shape))
+    elif isinstance(rule, Relative):
+        bias = _relative_bias(vit, layer, rule, images)
+    else:
+        raise PatchwordError(
+            f"no relative or rotary positions act in layer {layer} of position "
+            f"{vit.spec.position!r}; tables have a position_similarity instead"
+        )
+    return bias.reshape(heads, *grid, *grid)
+
+
+def _relative_bias(
+    vit: ViT, layer: int, rule: Relative, images: torch.Tensor
+) -> NDArray[np.float64]:
+    """The mean over queries and images of the bias on the logits, `[h, N, N]`."""
+    prefix = vit.spec.prefix
+    total = torch.zeros(())
+    for part in batched(vit, images):
+        attention, x, _ = next(itertools.islice(attention_inputs(vit, part), layer, None))
+        query = queries_and_keys(attention, x)[0][:, :, prefix:]  # [b, h, N, d]
+        total = total + query.mean(2).sum(0).cpu()
+    mean = (total / len(images)).to(rule.offsets)[None, :, None]  # [1, h, 1, d]
+    tokens = prefix + vit.spec.grid[0] * vit.spec.grid[1]
+    mean = mean.expand(1, -1, tokens, -1)
+    with torch.no_grad():
+        _, _, bias = rule(mean, mean)
+    return _matrix(cast(torch.Tensor, bias)[0, :, prefix:, prefix:])
 
 
 def _matrix(values: torch.Tensor | ArrayLike) -> NDArray[np.float64]:

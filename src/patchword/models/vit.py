@@ -117,7 +117,15 @@ class ViT(Model[ViTSpec]):
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: `[B, C, H, W]` to `[B, prefix + N, D]`: class token, distillation token,
         registers, patches."""
-        x = self.patch_embedding(images if self.stem is None else self.stem(images))
+        return self.placed(self.patches(images))
+
+    def patches(self, images: Tensor) -> Tensor:
+        """The patch embeddings alone, `[B, C, H, W]` to `[B, N, D]`, without positions."""
+        return self.patch_embedding(images if self.stem is None else self.stem(images))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Patch embeddings `[B, N, D]` with the tokens before them and the positions added, `[B,
+        prefix + N, D]`."""
         firsts = [
             tokens.expand(len(x), -1, -1)
             for tokens in (self.class_token, self.distillation_token, self.registers)
@@ -135,12 +143,17 @@ class ViT(Model[ViTSpec]):
         """Eq. 2-4: the blocks and the last LayerNorm, `[B, T, D]` to `[B, T, D]`, or with `wanted`
         to the first so many tokens, for which the last block computes no others."""
         for layer, block in enumerate(self.blocks):
-            position = self.position_in(layer)
-            if isinstance(position, PositionTable) and layer:  # that of layer 0 is in Eq. 1
-                x = x + self._placed(position())
-            rule = position if isinstance(position, PositionRule) else None
+            x, rule = self.positioned(x, layer)
             x = block(x, wanted if layer == self.spec.depth - 1 else None, rule)
         return x if self.spec.pool_norm else self.norm(x)
+
+    def positioned(self, x: Tensor, layer: int) -> tuple[Tensor, PositionRule | None]:
+        """What a block (0 first) takes: the tokens `[B, T, D]` with the position table added that
+        acts there, and the position rule for its attention, or None."""
+        position = self.position_in(layer)
+        if isinstance(position, PositionTable) and layer:  # that of layer 0 is in Eq. 1
+            x = x + self._placed(position())
+        return x, position if isinstance(position, PositionRule) else None
 
     def position_in(self, layer: int) -> nn.Module | None:
         """The position embedding that acts in a layer (0 first), or None."""

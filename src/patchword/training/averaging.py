@@ -7,11 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from patchword.models.model import Model
+from patchword.training.objectives.base import body
 
 
 class Average:
-    """A float32 copy of the model that follows its weights: a = decay * a + (1 - decay) * w.
+    """A float32 copy of a model, and of what its objective trains besides, that follows the
+    weights: a = decay * a + (1 - decay) * w.
 
     The paper uses 0.9999 (section 4.1), which alone would leave 13 % of the initial weights after
     20,000 updates, 95 % after 500. So the decay of update t (from 0) is min(decay, (1 + t) / (10 +
@@ -20,18 +21,20 @@ class Average:
     average) and holds none of the initial weights. Weights that do not train are left alone.
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        """`network` is a model, or one joined with an objective's parts."""
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.model = body(self.network)
         self.decay = decay
         self._mine: list[Tensor] = [
             mine
-            for mine, p in zip(self.model.parameters(), model.parameters(), strict=True)
+            for mine, p in zip(self.network.parameters(), network.parameters(), strict=True)
             if p.requires_grad
         ]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, network: nn.Module, step: int) -> None:
         """Follow the weights after update number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        theirs = [p.detach() for p in model.parameters() if p.requires_grad]
+        theirs = [p.detach() for p in network.parameters() if p.requires_grad]
         torch._foreach_lerp_(self._mine, theirs, 1 - decay)

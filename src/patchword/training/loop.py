@@ -12,18 +12,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from patchword.models.model import Model
 from patchword.parsing import Interrupted, PatchwordError
 from patchword.training.checkpoint import Checkpoints, damage
 from patchword.training.clock import Clock
+from patchword.training.criterion import TOP1, Criterion
 from patchword.training.log import Lines, LiveLine, duration, write_csv
 from patchword.training.optim import learning_rate
 from patchword.training.signals import watch_signals
-from patchword.training.trainer import Head, Trainer
+from patchword.training.trainer import FILES, Head, Trainer
 from patchword.types import Batch, Evaluator, Forward
-from patchword.weights.native import write_model
 
 logger = logging.getLogger("patchword")
 
@@ -71,6 +70,8 @@ class Run:
     steps_per_epoch: float
     locate: Callable[[int], str]
     """where the image at a position of the source is"""
+    criterion: Criterion = TOP1
+    """what the best weights are chosen by"""
     extra_log: Callable[[dict[str, Any]], None] = lambda line: None
     ready_head: Head | None = None
     """a head for the frozen body, measured as step 0 and kept if training does not better it"""
@@ -177,16 +178,13 @@ class Run:
         A signal cuts it short without a trace; the resumed run makes up for it.
         """
         trainer, progress = self.trainer, self.trainer.progress
-        models = {"raw": trainer.model}
-        if trainer.average:
-            models["average"] = trainer.average.model
         lines: list[dict[str, Any]] = []
         val: dict[str, dict[str, Any]] = {}
-        for weights, model in models.items():
+        for weights, network in trainer.networks.items():
             for split, evaluator in self.evaluators.items():
                 started = time.monotonic()
                 try:
-                    result = evaluator(self.stoppable(model.eval()))
+                    result = evaluator(self.stoppable(network.eval()))
                 except _CutShort:
                     return
                 line = {"step": progress.step, "split": split, "weights": weights} | result
@@ -198,15 +196,15 @@ class Run:
             self.extra_log(line)
         progress.evaluated = progress.step
         if val:
-            self.keep_best(models, val)
+            self.keep_best(val)
 
-    def stoppable(self, model: Model) -> Forward:
-        """The model, for an evaluation that a signal ends."""
+    def stoppable(self, network: nn.Module) -> Forward:
+        """The network, for an evaluation that a signal ends."""
 
-        def forward(images: Tensor) -> Tensor:
+        def forward(images: Tensor, *draws: Tensor) -> Tensor:
             if self.signals:
                 raise _CutShort
-            return model(images)
+            return network(images, *draws)
 
         return forward
 
@@ -221,28 +219,27 @@ class Run:
                 self.evaluate()
             self.stop_if_asked(saved)
 
-    def keep_best(self, models: dict[str, Model], val: dict[str, dict[str, Any]]) -> None:
+    def keep_best(self, val: dict[str, dict[str, Any]]) -> None:
         """Write the better of the weights just measured as `best`, if none were better before.
 
         Of equals the later ones: on a small val part ties are common, and weights from the end of
         the schedule are the better bet.
         """
-        progress = self.trainer.progress
-        weights = max(reversed(val), key=lambda name: val[name]["top1"])  # of equals, the average
-        top1 = val[weights]["top1"]
-        if progress.best is None or top1 >= progress.best:
-            write = partial(write_model, model=models[weights], step=progress.step, weights=weights)
-            if self.guard(
-                lambda: self.checkpoints.save_best(
-                    progress.position, lambda folder: write(folder / "model.safetensors")
-                )
-            ):
-                progress.best, progress.best_weights = top1, weights
+        trainer, progress, by = self.trainer, self.trainer.progress, self.criterion
+        weights, *others = reversed(val)  # of equals, the average
+        for other in others:
+            if not by.holds(by.value(val[weights]), by.value(val[other])):
+                weights = other
+        value = by.value(val[weights])
+        if progress.best is None or by.holds(value, progress.best):
+            write = partial(trainer.write_weights, weights=weights, names=FILES["raw"])
+            if self.guard(lambda: self.checkpoints.save_best(progress.position, write)):
+                progress.best, progress.best_weights = value, weights
                 progress.best_step, progress.best_position = progress.step, progress.position
         if progress.best is not None:
             logger.info(
-                "step %d: top-1 on val %.2f %%; best %.2f %% (step %d, %s weights)",
-                *(progress.step, 100 * top1, 100 * progress.best),
+                "step %d: %s on val %s; best %s (step %d, %s weights)",
+                *(progress.step, by.name, by.shown(value), by.shown(progress.best)),
                 *(progress.best_step, progress.best_weights),
             )
 

@@ -86,9 +86,10 @@ class Working:
         self._mine: list[Tensor] = list(self.module.parameters())
         self._masters: list[Tensor] = list(master.parameters())
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Logits in float32 of normalised images of any float dtype."""
-        return self._run(inputs.to(self.dtype)).float()
+    def __call__(self, inputs: Tensor, *draws: Tensor) -> Tensor:
+        """What it puts out, in float32, for normalised images of any float dtype: logits, or with
+        an objective's draws its predictions."""
+        return self._run(inputs.to(self.dtype), *draws).float()
 
     def train(self, mode: bool = True) -> None:
         """Dropout and stochastic depth on or off."""

@@ -4,17 +4,19 @@ Standard library only, so that help needs no torch. Sections and tables are thos
 (arXiv 2010.11929). Table 3 gives neither the loss nor the cropping: sigmoid cross-entropy on JFT
 and ImageNet-21k, Inception crops and bilinear resizing are what the authors' public code
 (big_vision) has. Where ImageNet or JFT come undivided, 1 % is held out to choose the best weights.
-Recipes that start from weights are in `transfer_recipes`.
+Recipes that start from weights are in `transfer_recipes`, those without labels in
+`pretrain_recipes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from patchword.parsing import UsageError, nearest, parse, to_dict
-from patchword.specs import TrainSpec
+from patchword.specs import ModelOptions, TrainSpec
+from patchword.training.pretrain_recipes import PRETRAIN
 from patchword.training.transfer_recipes import BILINEAR, IMAGENET, TRANSFER
 
 IMAGENET21K, JFT = 14_197_122, 303_000_000
@@ -79,9 +81,18 @@ def recipe_spec(name: str, source: str) -> TrainSpec:
     return parse(TrainSpec, merge(values, find_recipe(name).settings))
 
 
-def base_spec(source: str, recipe: str | None = None, init: str | None = None) -> TrainSpec:
+def base_spec(
+    source: str,
+    recipe: str | None = None,
+    init: str | None = None,
+    objective: str | None = None,
+) -> TrainSpec:
     """The settings that flags are laid over: those of `recipe`, by default `digits` for digits,
-    `transfer` with weights to start from, and else `photos`."""
+    `transfer` with weights to start from, and else `photos`; without labels `photos-masked-patch`
+    or `photos-mae`, of which weights to start from bring the model."""
+    if recipe is None and f"photos-{objective}" in RECIPES:
+        spec = recipe_spec(f"photos-{objective}", source)
+        return replace(spec, model=None, options=ModelOptions()) if init else spec
     usual = "digits" if source == "digits" else "photos"
     return recipe_spec(recipe or ("transfer" if init else usual), source)
 
@@ -265,6 +276,11 @@ for _model, _epochs, _lr, _score in (
         f"{_score:.2f} % ImageNet top-1 after fine-tuning at 384 px (table 6)",
         optim={"lr": _lr, "weight_decay": 0.1, "schedule": "linear", "loss": "sigmoid"},
     )
+
+# Without labels ----------------------------------------------------------------------------------
+
+for _name, _fields in PRETRAIN.items():
+    _add(_name, **_fields)
 
 # Transfer ----------------------------------------------------------------------------------------
 

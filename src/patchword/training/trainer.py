@@ -18,7 +18,8 @@ from patchword.models.model import Model
 from patchword.specs import TrainSpec
 from patchword.training.averaging import Average
 from patchword.training.checkpoint import write_text
-from patchword.training.objectives import classification_loss
+from patchword.training.objectives import create_objective
+from patchword.training.objectives.base import body, parts_of
 from patchword.training.optim import build_optimizer, load_optimizer_state, optimizer_state
 from patchword.training.parallel import Working
 from patchword.training.tuning import Adapters, freeze
@@ -37,7 +38,7 @@ class Progress:
     loss_count: int = 0
     """of the steps since the last log line"""
     best: float | None = None
-    """top-1 on val of the best weights; of equals, the later ones"""
+    """what the best weights reached on val by the run's criterion; of equals, the later ones"""
     best_step: int = 0
     best_position: int = 0
     """names the folder of the best weights: unlike steps, positions never come twice"""
@@ -62,6 +63,21 @@ def set_head(layer: nn.Linear, head: Head) -> None:
     layer.bias.copy_(head[1])
 
 
+FILES = {
+    "raw": ("model.safetensors", "objective.safetensors"),
+    "average": ("average.safetensors", "average-objective.safetensors"),
+}
+"""In a checkpoint: the file of a model, and of what its objective trains besides."""
+
+
+def read_weights(network: nn.Module, folder: Path, names: tuple[str, str]) -> None:
+    """The inverse of `Trainer.write_weights`, into a network of the same kind."""
+    body(network).load_state_dict(load_tensors(folder / names[0])[0])
+    parts = parts_of(network)
+    if parts is not None:
+        parts.load_state_dict(load_tensors(folder / names[1])[0])
+
+
 class Trainer:
     """A model in training: weights, average, optimiser, progress; saved and restored together."""
 
@@ -77,11 +93,16 @@ class Trainer:
         self.model = model.to(device).train()
         self.spec = spec
         self.device = device
-        self.class_weights = None if class_weights is None else class_weights.to(device)
+        weights = None if class_weights is None else class_weights.to(device)
+        self.objective = create_objective(spec, self.model, weights)
+        self.network = self.objective.network(self.model).to(device).train()
         freeze(self.model, spec.tuning)
-        self.average = Average(self.model, spec.optim.average) if spec.optim.average else None
-        self.working = Working(self.model, dtype, spec.compile)
+        self.average = Average(self.network, spec.optim.average) if spec.optim.average else None
+        self.working = Working(self.network, dtype, spec.compile)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.objective.parts is not None:
+            own = self.objective.parts.named_parameters()
+            self.trained |= {f"objective.{name}": p for name, p in own}
         self.adapters: Adapters | None = None
         if spec.tuning.tune == "lora":
             self.adapters = Adapters(self.model, self.working.module, spec.tuning, spec.seed)
@@ -99,9 +120,7 @@ class Trainer:
         chunks = zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True)
         for micro, (images, wanted) in enumerate(chunks):
             torch.manual_seed(derived_seed(self.spec.seed, "model", self.progress.position, micro))
-            logits = self.working(images)
-            part = classification_loss(logits, wanted, optim, self.class_weights)
-            part = part / optim.accumulate
+            part = self.objective.loss(self.working, images, wanted) / optim.accumulate
             part.backward()
             self.working.collect()
             loss += part.detach()
@@ -118,14 +137,20 @@ class Trainer:
                 self.adapters.merge()
             self.working.refresh()
             if self.average:
-                self.average.update(self.model, self.progress.step)
+                self.average.update(self.network, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         return values[0], values[1]
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What can be measured: the raw weights, and the average where there is one."""
+        average = {"average": self.average.network} if self.average else {}
+        return {"raw": self.network} | average
 
     @contextmanager
     def wearing(self, head: Head | None) -> Iterator[None]:
         """The model and its average with another head, if one is given, for a while."""
-        models = [self.model, *([self.average.model] if self.average else [])]
+        models = [body(network) for network in self.networks.values()]
         layers = [model.head for model in models if head and model.head is not None]
         kept = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
         try:
@@ -138,24 +163,27 @@ class Trainer:
 
     def write(self, folder: Path) -> None:
         """Put the whole state into a checkpoint folder. Raises `OSError`."""
-        step = self.progress.step
-        write_model(folder / "model.safetensors", self.model, step=step, weights="raw")
-        if self.average:
-            write_model(
-                folder / "average.safetensors", self.average.model, step=step, weights="average"
-            )
+        for weights in self.networks:
+            self.write_weights(folder, weights, FILES[weights])
         if self.adapters:
             save_tensors(folder / "adapters.safetensors", self.adapters.state(), {})
         tensors = optimizer_state(self.trained, self.optimizer)
         save_tensors(folder / "optimizer.safetensors", tensors, {})
         write_text(folder / "state.json", json.dumps(asdict(self.progress), indent=1))
 
+    def write_weights(self, folder: Path, weights: str, names: tuple[str, str]) -> None:
+        """Put a network's model, and the parts of the objective if there are any, into a folder,
+        each in a file of its own. Raises `OSError`."""
+        network, step = self.networks[weights], self.progress.step
+        write_model(folder / names[0], body(network), step=step, weights=weights)
+        parts = parts_of(network)
+        if parts is not None:
+            save_tensors(folder / names[1], parts.state_dict(), {})
+
     def read(self, folder: Path, state: dict[str, Any]) -> None:
         """Take over the state that `write` left in a checkpoint folder."""
-        self.model.load_state_dict(load_tensors(folder / "model.safetensors")[0])
-        if self.average:
-            tensors, _ = load_tensors(folder / "average.safetensors")
-            self.average.model.load_state_dict(tensors)
+        for weights, network in self.networks.items():
+            read_weights(network, folder, FILES[weights])
         if self.adapters:
             self.adapters.load_state(load_tensors(folder / "adapters.safetensors")[0])
         tensors, _ = load_tensors(folder / "optimizer.safetensors")

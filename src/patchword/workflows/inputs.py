@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,8 +115,16 @@ class Inputs:
 
     def evaluator(self, part: str, limit: int | None = None) -> Classify:
         """Measures a model on a part of the data, or on its first `limit` images."""
-        indices = self.division[part][:limit]
-        cached = self.cached if part == "val" else None
+        return Classify(
+            self.passes(part, self.division[part][:limit]),
+            self.source.classes,
+            self.to_input,
+            loss=self.spec.optim.loss,
+        )
+
+    def passes(self, part: str, indices: np.ndarray) -> Callable[[], Iterator[Batch]]:
+        """What starts a pass over images of a part, cut as in evaluation."""
+        cached = None if part == "test" else self.cached
 
         def batches() -> Iterator[Batch]:
             for batch in eval_batches(
@@ -131,12 +139,11 @@ class Inputs:
                 self.note_bad(batch)
                 yield batch
 
-        return Classify(
-            batches,
-            self.source.classes,
-            lambda images: to_input(images.to(self.device), self.model.preprocess),
-            loss=self.spec.optim.loss,
-        )
+        return batches
+
+    def to_input(self, images: Tensor) -> Tensor:
+        """uint8 images `[B, C, H, W]` as the model takes them, on the device."""
+        return to_input(images.to(self.device), self.model.preprocess)
 
 
 def eval_batch_size(model: Model) -> int:

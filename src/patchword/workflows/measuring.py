@@ -248,14 +248,7 @@ def predict(
     net, forward, where = load_classifier(model, image_size, device, precision, trust_pickle)
     bad = {} if bad is None else bad
     paths = find_images([images] if isinstance(images, str | Path) else images, bad)
-    source = Source(
-        name="images",
-        classes=("",),
-        labels=np.zeros(len(paths), np.int64),
-        keys=paths,
-        sizes=np.zeros(len(paths), np.int64),
-        reader=FileReader("", paths),
-    )
+    source = image_source(paths)
     classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
     if abstain is not None:
         logger.info("%s", expectation(net, abstain))
@@ -275,6 +268,18 @@ def predict(
             logits = forward(to_input(batch.images.to(where), net.preprocess)).float().cpu()
             found += _predictions(net, logits, batch, paths, classes, top, abstain)
     return found
+
+
+def image_source(paths: Sequence[str]) -> Source:
+    """Image files as a source without labels: all of one class without a name."""
+    return Source(
+        name="images",
+        classes=("",),
+        labels=np.zeros(len(paths), np.int64),
+        keys=paths,
+        sizes=np.zeros(len(paths), np.int64),
+        reader=FileReader("", paths),
+    )
 
 
 def expectation(net: Model, abstain: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from rich.console import Console
-from rich.status import Status
 
 from patchword.data.loader import OnBad
 from patchword.data.sources import Source, open_source
@@ -130,22 +129,19 @@ def measure_probes(
     console = console or Console(stderr=True, markup=False, emoji=False)
 
     def features(indices: np.ndarray, name: str) -> Features:
-        with console.status("") as status:
-            found = extract(
-                net,
-                source,
-                indices,
-                device=where,
-                batch_size=batch_size or eval_batch_size(net),
-                workers=eval_workers(workers, len(indices)),
-                precision=str(resolve_precision(precision, where)).removeprefix("torch."),
-                cache=cache,
-                on_bad=on_bad_image,
-                progress=_progress(status, name),
-            )
-        for index, reason in found.bad:
-            logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
-        return found
+        return part_features(
+            net,
+            source,
+            indices,
+            name,
+            device=where,
+            batch_size=batch_size,
+            workers=workers,
+            precision=resolve_precision(precision, where),
+            cache=cache,
+            on_bad=on_bad_image,
+            console=console,
+        )
 
     train, queries = features(parts.train, "train"), features(parts.queries, parts.split)
     development = None
@@ -155,15 +151,44 @@ def measure_probes(
         return _measure(source, parts, train, queries, development, probes, shots, seeds)
 
 
-def _progress(status: Status, name: str) -> Callable[[int, int], None]:
-    """Shows how many of a part's images are done, and how fast."""
+def part_features(
+    net: Model,
+    source: Source,
+    indices: np.ndarray,
+    name: str,
+    *,
+    device: torch.device,
+    batch_size: int | None,
+    workers: int | None,
+    precision: torch.dtype,
+    cache: bool | Path,
+    on_bad: OnBad,
+    console: Console,
+) -> Features:
+    """`extract` of the part called `name`, with progress on the console; unreadable images are
+    logged."""
     start = time.perf_counter()
+    with console.status("") as status:
 
-    def show(done: int, total: int) -> None:
-        rate = done / (time.perf_counter() - start)
-        status.update(f"features of {name}: {done:,}/{total:,} images, {rate:,.0f} a second")
+        def progress(done: int, total: int) -> None:
+            rate = done / (time.perf_counter() - start)
+            status.update(f"features of {name}: {done:,}/{total:,} images, {rate:,.0f} a second")
 
-    return show
+        found = extract(
+            net,
+            source,
+            indices,
+            device=device,
+            batch_size=batch_size or eval_batch_size(net),
+            workers=eval_workers(workers, len(indices)),
+            precision=str(precision).removeprefix("torch."),
+            cache=cache,
+            on_bad=on_bad,
+            progress=progress,
+        )
+    for index, reason in found.bad:
+        logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
+    return found
 
 
 def _measure(

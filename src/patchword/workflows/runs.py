@@ -27,7 +27,6 @@ from patchword.data.splits import Division, divide, load_division, save_division
 from patchword.models.model import Model
 from patchword.models.zoo import (
     create_model,
-    exaflops,
     model_family,
     model_spec,
     spec_from_dict,
@@ -37,6 +36,7 @@ from patchword.models.zoo import (
 from patchword.parsing import PatchwordError, UsageError, differences, nearest, parse, to_dict
 from patchword.specs import ModelOptions, PreprocessOptions, TrainSpec
 from patchword.training.checkpoint import replace_text
+from patchword.training.objectives import RATES, check_objective, training_exaflops
 from patchword.training.optim import span
 from patchword.training.parallel import resolve_device, resolve_precision
 from patchword.training.recipes import Recipe, recipe_spec
@@ -196,6 +196,9 @@ def resolve(spec: TrainSpec, division: Division, start: Start | None = None) -> 
         raise UsageError("no model given; use --model ViT-S/16, or --init WEIGHTS")
     else:
         family = model_family(model)
+    pretrain = spec.pretrain
+    if spec.self_supervised and pretrain.mask_rate is None:
+        pretrain = dataclasses.replace(pretrain, mask_rate=RATES[spec.objective])
     spec = dataclasses.replace(
         spec,
         model=model,
@@ -205,6 +208,7 @@ def resolve(spec: TrainSpec, division: Division, start: Start | None = None) -> 
         workers=default_workers() if spec.workers is None else spec.workers,
         preprocess=parse(PreprocessOptions, to_dict(spec.preprocess.over(base))),
         options=fitting_options(spec, model, family),
+        pretrain=pretrain,
     )
     steps, train_images = spec.steps, len(division["train"])
     if spec.epochs is not None:
@@ -267,14 +271,16 @@ def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
 
 def build_model(spec: TrainSpec, source: Source) -> Model:
     """The model that a run starts from, a pure function of the resolved spec and the data. Raises
-    `UsageError` if it has no such parts as are to be trained.
+    `UsageError` if it has no such parts as are to be trained, or is not one for the objective.
 
+    A self-supervised one has no head, whatever the labels of the data.
     With the sigmoid loss a fresh model's head starts at a bias of -log K, so that every class
     begins improbable, as in the authors' public code (big_vision, vit_i21k).
     """
     torch.manual_seed(spec.seed)
     options: dict[str, Any] = spec.options.given() | {"probability": spec.optim.loss}
-    count = len(source.classes)
+    classes = () if spec.self_supervised else source.classes
+    count = len(classes)
     if spec.init is not None:
         model = transfer(
             spec.init,
@@ -288,15 +294,16 @@ def build_model(spec: TrainSpec, source: Source) -> Model:
         if spec.optim.loss == "sigmoid" and model.head is not None:
             torch.nn.init.constant_(model.head.bias, -math.log(count))
     model.preprocess = spec.preprocess.over(model.preprocess)
-    model.classes = source.classes
+    model.classes = classes
     trained_names(model, spec.tuning)  # raises before the run starts
+    check_objective(spec, model.spec)
     return model
 
 
 def open_division(run: Path | None, source: Source, spec: TrainSpec) -> Division:
     """The division saved with `run`, or without one that which the spec makes. Raises
-    `PatchwordError` if there is nothing to tell apart."""
-    if len(source.classes) < 2:
+    `PatchwordError` if there are labels to learn and nothing to tell apart."""
+    if len(source.classes) < 2 and not spec.self_supervised:
         raise PatchwordError(
             f"{source.name} has one class ({', '.join(source.classes)}); give the folder above it, "
             "with a folder per class"
@@ -390,4 +397,5 @@ def recipe_cost(recipe: Recipe) -> str:
     if spec.model is None:
         return f"{images:,} images; exaFLOPs by the model that --init names"
     model = model_spec(spec.model, image_size=spec.size, **spec.options.given())
-    return f"{images:,} images, {exaflops(model, images):.3g} exaFLOPs"
+    cost = training_exaflops(spec, model, images)
+    return f"{images:,} images, {cost:.3g} exaFLOPs"

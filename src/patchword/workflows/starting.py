@@ -29,6 +29,7 @@ from patchword.training.parallel import resolve_precision
 from patchword.training.trainer import Trainer
 from patchword.workflows import runs
 from patchword.workflows.inputs import Inputs, eval_batch_size
+from patchword.workflows.pretraining import probed_images, progress_evaluator
 
 TRIAL_SHARE = 0.04
 """of the run's time or steps, for each learning rate tried"""
@@ -216,7 +217,8 @@ def _trial_loss(inputs: Inputs, rate: float, count: int) -> float:
             if not math.isfinite(loss):
                 return math.inf
             trainer.progress.step = trainer.progress.position = position + 1
-    return float(inputs.evaluator("val", TRIAL_IMAGES)(trainer.model.eval())["loss"])
+    measure = progress_evaluator(inputs, trainer.objective, TRIAL_IMAGES)
+    return float(measure(trainer.network.eval())["loss"])
 
 
 def _trial(inputs: Inputs, steps: int, rate: float | None = None) -> Trainer:
@@ -246,8 +248,10 @@ def _in_time(
     """
     spec = inputs.spec
     budget = seconds(spec.time or "")
-    val = _evaluation_time(inputs, "val") * (2 if spec.optim.average else 1)
-    left = 0.95 * (budget - (time.monotonic() - started)) - _evaluation_time(inputs, "test")
+    trainer = _trial(inputs, 1000)
+    val = _evaluation_time(inputs, trainer, "val") * (2 if spec.optim.average else 1)
+    test = _evaluation_time(inputs, trainer, "test")
+    left = 0.95 * (budget - (time.monotonic() - started)) - test
     if spec.eval_every is None:
         rounds = max(1, min(10, int(EVALUATION_SHARE * left / val))) if val else 10
         steps = int((left - rounds * val) / pace)
@@ -268,14 +272,19 @@ def _in_time(
     return runs.with_steps(spec, max(0, steps))
 
 
-def _evaluation_time(inputs: Inputs, part: str) -> float:
-    """Seconds that the evaluation of a part takes, by a sample of it."""
+def _evaluation_time(inputs: Inputs, trainer: Trainer, part: str) -> float:
+    """Seconds that the evaluation of a part takes, by a sample of it; without labels there is none
+    of test."""
     size = len(inputs.division[part])
     sample = min(size, 4 * eval_batch_size(inputs.model))
-    if not sample:
+    if not sample or (part == "test" and inputs.spec.self_supervised):
         return 0.0
     began = time.monotonic()
-    inputs.evaluator(part, sample)(inputs.model.eval())
+    if part == "val":
+        progress_evaluator(inputs, trainer.objective, sample)(trainer.network.eval())
+        size += probed_images(inputs)
+    else:
+        inputs.evaluator(part, sample)(trainer.network.eval())
     return (time.monotonic() - began) * size / sample
 
 

@@ -91,6 +91,11 @@ def sweep(
     console = console or Console(stderr=True, markup=False, emoji=False)
     if repeats < 1:
         raise UsageError(f"--runs is {repeats}; use 1 or more")
+    if spec.self_supervised:
+        raise UsageError(
+            f"--sweep and --runs compare accuracies, which --objective {spec.objective} has none "
+            "of; give each run its --lr and --out"
+        )
     source = open_source(spec.source)
     kind = "sweep" if choose else "runs"
     folder = Path(out) if out is not None else Path(f"{runs.default_run(source, spec)}-{kind}")

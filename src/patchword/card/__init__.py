@@ -21,7 +21,9 @@ from patchword.training.checkpoint import replace_text
 LISTED = 30
 """Up to this many classes are all listed; of more, the ten with the lowest recall."""
 
-CITATION = """```bibtex
+CITATION = """The architecture is that of the Vision Transformer:
+
+```bibtex
 @inproceedings{dosovitskiy2021image,
   title     = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
   author    = {Alexey Dosovitskiy and Lucas Beyer and Alexander Kolesnikov and Dirk Weissenborn
@@ -43,19 +45,26 @@ def write_model_card(run: Path, *, result: Classification, split: str, reproduce
     about = facts.read_run(run)
     title = f"{about.model} on {about.data_name}"
     sections = [
-        ("Model details", _details(about, result)),
+        ("Model details", details(about, {"Classes": f"{len(result.per_class):,}"})),
         ("Intended use and limits", _limits(about, result, split)),
-        ("Training data", _data(about)),
-        ("Training procedure", _procedure(about, reproduce)),
+        ("Training data", training_data(about)),
+        ("Training procedure", procedure(about, reproduce)),
         ("Evaluation", _evaluation(result, split)),
         ("Learning rates and runs", _runs(about)),
         ("How to use", _use(about)),
-        ("Environment", _table("Item", about.environment)),
-        ("Citation", f"The architecture is that of the Vision Transformer:\n\n{CITATION}"),
+        ("Environment", table("Item", about.environment)),
+        ("Citation", CITATION),
     ]
+    return write_card(run, title, _front_matter(about, result, split, title), sections)
+
+
+def write_card(
+    run: Path, title: str, matter: Mapping[str, Any], sections: Sequence[tuple[str, str]]
+) -> Path:
+    """Write `MODEL_CARD.md` from front matter and sections (title, Markdown), of which those
+    without text are left out."""
     body = "\n\n".join(f"## {name}\n\n{text}" for name, text in sections if text)
-    matter = _yaml(_front_matter(about, result, split, title))
-    text = f"---\n{matter}\n---\n\n# {markdown(title)}\n\n{body}\n"
+    text = f"---\n{_yaml(matter)}\n---\n\n# {markdown(title)}\n\n{body}\n"
     path = run / "MODEL_CARD.md"
     replace_text(path, text.encode("utf-8", "replace").decode())
     return path
@@ -89,18 +98,18 @@ def _front_matter(run: RunFacts, result: Classification, split: str, title: str)
     }
 
 
-def _details(run: RunFacts, result: Classification) -> str:
-    config = run.config
+def details(run: RunFacts, more: Mapping[str, str]) -> str:
+    """The table of what the model is."""
     rows = {
         "Architecture": f"Vision Transformer, {run.model}",
-        "Input": _size(config.get("image_size")),
-        "Classes": f"{len(result.per_class):,}",
+        "Input": _size(run.config.get("image_size")),
+        **more,
         "Parameters": run.given("parameters", facts.whole),
         "Multiply-adds per image": run.given("gmacs", facts.multiply_adds),
         "Weights": run.weights() or None,
         "Licence": "not stated by the run: choose one before you share the model",
     }
-    return _table("Item", rows)
+    return table("Item", rows)
 
 
 def _size(value: Any) -> str | None:
@@ -120,31 +129,33 @@ def _limits(run: RunFacts, result: Classification, split: str) -> str:
     return f"{use}\n{said}" if said else use
 
 
-def _data(run: RunFacts) -> str:
+def training_data(run: RunFacts) -> str:
+    """The table of the images it was trained on."""
     rows = {
         "Source": run.source or None,
         "Fingerprint": run.environment.get("data_fingerprint"),
         "Images that could not be read": run.given("bad_images", facts.whole),
         "Seed of the division and the order": run.config.get("seed"),
     }
-    return _table("Item", rows)
+    return table("Item", rows)
 
 
-def _procedure(run: RunFacts, reproduce: str) -> str:
+def procedure(run: RunFacts, reproduce: str) -> str:
+    """How it was trained."""
     rows = {
         "Training time": run.given("seconds", facts.duration),
         "Training speed": run.given("images_per_second", facts.rate),
         "Training cost": run.given("exaflops", facts.operations),
     }
-    shown = {"", "optim", "augment", "preprocess"}
+    shown = {"", "optim", "augment", "preprocess", "pretrain"}
     settings = {
         f"{group}.{name}" if group else name: facts.plain(value)
         for group, name, value, _, changed in facts.settings(run.config)
         if group in shown and (changed or group in ("optim", "preprocess")) and value is not None
     }
-    command = f"```sh\n{_code(reproduce)}\n```" if reproduce else ""
+    command = f"```sh\n{code(reproduce)}\n```" if reproduce else ""
     heading = "Settings of the optimiser and the input, and all others that are not the default:"
-    parts = [_table("Item", rows), command, f"{heading}\n\n{_table('Setting', settings)}"]
+    parts = [table("Item", rows), command, f"{heading}\n\n{table('Setting', settings)}"]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -167,14 +178,14 @@ def _evaluation(result: Classification, split: str) -> str:
         if len(ordered) <= LISTED
         else f"The ten of {len(ordered):,} classes with the lowest recall:"
     )
-    table = "\n".join(
+    each = "\n".join(
         f"| {markdown(name)} | {row['n']:,} | {facts.percent(row['recall'], 1)} "
         f"| {facts.percent(row['precision'], 1)} |"
         for name, row in listed
     )
     return (
-        f"Measured on {markdown(facts.part(split, result.n))}.\n\n{_table('Figure', rows)}\n\n"
-        f"{lead}\n\n| Class | Images | Recall | Precision |\n| --- | ---: | ---: | ---: |\n{table}"
+        f"Measured on {markdown(facts.part(split, result.n))}.\n\n{table('Figure', rows)}\n\n"
+        f"{lead}\n\n| Class | Images | Recall | Precision |\n| --- | ---: | ---: | ---: |\n{each}"
     )
 
 
@@ -198,8 +209,8 @@ def _use(run: RunFacts) -> str:
         f'for answer in patchword.predict({literal}, ["photo.jpg"]):\n'
         f"    print(answer.path, answer.label, answer.probability)\n```\n\n"
         "On the command line:\n\n"
-        f"```sh\npatchword predict {_code(shlex.quote(folder))} photo.jpg\n"
-        f"patchword evaluate {_code(shlex.quote(folder))} {_code(shlex.quote(source))}\n```"
+        f"```sh\npatchword predict {code(shlex.quote(folder))} photo.jpg\n"
+        f"patchword evaluate {code(shlex.quote(folder))} {code(shlex.quote(source))}\n```"
     )
 
 
@@ -208,7 +219,8 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(markdown(name) for name in names[:LISTED]) + more
 
 
-def _table(first: str, rows: Mapping[str, Any]) -> str:
+def table(first: str, rows: Mapping[str, Any]) -> str:
+    """A Markdown table of two columns, without the rows that are None."""
     kept = {key: facts.plain(value) for key, value in rows.items() if value is not None}
     lines = [f"| {markdown(key)} | {markdown(value)} |" for key, value in kept.items()]
     return "\n".join([f"| {first} | Value |", "| --- | --- |", *lines]) if lines else ""
@@ -221,8 +233,8 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", line)
 
 
-def _code(text: str) -> str:
-    """On one line and without the fence of a code block."""
+def code(text: str) -> str:
+    """A command on one line and without the fence of a code block."""
     return " ".join(text.splitlines()).replace("```", "` ` `")
 
 

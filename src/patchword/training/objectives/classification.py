@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""Learning the labels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchword.specs import OptimSpec
+from patchword.training.objectives.base import Objective
+from patchword.types import Forward
+
+
+class Classification(Objective):
+    """The mean loss of the model's own logits; `weights` float `[K]` is what an image counts by its
+    class."""
+
+    def __init__(self, optim: OptimSpec, weights: Tensor | None = None) -> None:
+        self.optim = optim
+        self.weights = weights
+
+    def loss(self, network: Forward, images: Tensor, targets: Tensor) -> Tensor:
+        return classification_loss(network(images), targets, self.optim, self.weights)
 
 
 def classification_loss(

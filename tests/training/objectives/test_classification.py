@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchword.specs import OptimSpec
-from patchword.training.objectives import classification_loss
+from patchword.training.objectives.classification import classification_loss
 
 
 def plain(logits: np.ndarray, targets: np.ndarray, kind: str, smoothing: float) -> float:
