@@ -35,6 +35,7 @@ SETTINGS = {
 def no_report(monkeypatch):
     """The report is tested elsewhere, and takes longer than these runs."""
     monkeypatch.setattr("patchword.workflows.finishing.report_run", lambda *args: None)
+    monkeypatch.setattr("patchword.workflows.pretraining.report", lambda *args: None)
 
 
 @pytest.fixture

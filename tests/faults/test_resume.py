@@ -92,6 +92,42 @@ def test_the_weights_to_start_from_are_needed_only_at_the_start(
         train(tmp_path / "whole", **settings | {"init": tmp_path / "other"})
 
 
+PRETRAININGS = {
+    "masked-patch-float32": {"objective": "masked-patch"},
+    "masked-patch-bfloat16": {"objective": "masked-patch", "precision": "bfloat16"},
+    "4x4": {"objective": "masked-patch", "predict": "4x4", "probe_images": 0, "average": 0.0},
+    "mae-float32": {"objective": "mae", "position": "sincos2d"},
+    "mae-bfloat16": {"objective": "mae", "precision": "bfloat16", "pool": "token"},
+}
+
+
+@pytest.mark.parametrize("kind", PRETRAININGS)
+def test_pretraining_stopped_after_every_step(tmp_path, train, stopped_at, state_of, kind):
+    """With the objective's own parts and their average; the probes leave no trace in the draws."""
+    settings = {"mixup": 0.0} | PRETRAININGS[kind]
+    train(tmp_path / "whole", **settings)
+    for step in range(1, 10):
+        with pytest.raises(stopped_at(step)):
+            train(tmp_path / "stopped", **settings)
+    train(tmp_path / "stopped", **settings)
+    state = state_of(tmp_path / "stopped")
+    assert state == state_of(tmp_path / "whole")
+    assert {"last/objective.safetensors", "best/objective.safetensors"} <= state.keys()
+    assert ("last/average-objective.safetensors" in state) == (settings.get("average") != 0.0)
+
+
+def test_probes_change_no_weight(tmp_path, train, state_of):
+    states = []
+    for images in (0, 50):
+        run = tmp_path / str(images)
+        train(run, mixup=0.0, objective="mae", probe_images=images)
+        states.append(state_of(run))
+    assert "knn" in states[1]["evaluations.jsonl"][0]
+    assert "knn" not in states[0]["evaluations.jsonl"][0]
+    for name in ("last/model.safetensors", "last/objective.safetensors", "metrics.jsonl"):
+        assert states[0][name] == states[1][name]
+
+
 def test_stopped_after_every_step_with_workers(tmp_path, train, stopped_at, state_of):
     train(tmp_path / "whole", crop="inception", workers=0)
     for step in range(1, 10):

@@ -14,6 +14,7 @@ from patchword.data.transforms import BatchAugment, TrainTransform
 from patchword.models.zoo import create_model, model_spec
 from patchword.parsing import UsageError, differences
 from patchword.specs import TrainSpec
+from patchword.training.objectives import check_objective, create_objective, training_exaflops
 from patchword.training.optim import build_optimizer, learning_rate, span
 from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge, recipe_spec
 from patchword.training.tuning import trained_names
@@ -167,6 +168,58 @@ def test_table_4(name: str):
     assert optim.average == 0.0
 
 
+@pytest.mark.parametrize(("name", "steps"), [("masked-patch", 10**6), ("masked-patch-100k", 10**5)])
+def test_section_b_1_2(name: str, steps: int):
+    spec = recipe_spec(name, "x")
+    optim, pretrain = spec.optim, spec.pretrain
+    assert (spec.model, spec.objective, spec.steps) == ("ViT-B/16", "masked-patch", steps)
+    assert (spec.batch_size, optim.lr, optim.warmup, optim.schedule) == (
+        4096,
+        2e-4,
+        10_000,
+        "cosine",
+    )
+    assert (optim.optimizer, optim.beta1, optim.beta2, optim.weight_decay) == (
+        *("adamw", 0.9, 0.999),
+        0.0,
+    )
+    assert (pretrain.mask_rate, pretrain.predict) == (0.5, "mean")
+
+
+def test_mae_table_8():
+    spec = recipe_spec("mae", "x")
+    optim, pretrain, augment = spec.optim, spec.pretrain, spec.augment
+    assert (spec.model, spec.objective, spec.batch_size) == ("ViT-B/16", "mae", 4096)
+    assert optim.lr == pytest.approx(1.5e-4 * 4096 / 256)
+    assert (optim.optimizer, optim.beta1, optim.beta2) == ("adamw", 0.9, 0.95)
+    assert (optim.weight_decay, optim.schedule) == (0.05, "cosine")
+    assert spec.epochs is not None
+    assert optim.warmup * spec.epochs == 40
+    assert (augment.crop, augment.crop_area, augment.flip) == ("inception", (0.2, 1.0), True)
+    assert augment.randaugment_layers == augment.erasing == 0
+    assert pretrain.mask_rate == 0.75
+    assert (pretrain.decoder_depth, pretrain.decoder_width, pretrain.decoder_heads) == (8, 512, 16)
+
+
+def test_mae_costs_a_fraction_of_the_whole_images():
+    """The encoder sees a quarter of the patches; the decoder takes about as much again."""
+    mae, whole = recipe_spec("mae", "x"), recipe_spec("imagenet-b16", "x")
+    vit = vit_of(mae)
+    assert training_exaflops(mae, vit, 1) < 0.6 * training_exaflops(whole, vit, 1)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if recipe_spec(name, "x").self_supervised]
+)
+def test_models_of_recipes_without_labels_can_be_trained(name: str):
+    spec = recipe_spec(name, "x")
+    vit = vit_of(spec)
+    check_objective(spec, vit)
+    with torch.device("meta"):
+        model = create_model(spec.model or "", 0, spec.size, 3, **spec.options.given())
+    assert create_objective(spec, model).parts is not None
+
+
 def test_table_2_averages_the_weights_at_512_px():
     base, high = (recipe_spec(name, "x") for name in ("finetune", "finetune-512"))
     assert (high.size, high.optim.average) == ((512, 512), 0.9999)
@@ -205,6 +258,15 @@ def test_defaults_by_source():
     assert base_spec("somewhere").recipe == "photos"
     assert base_spec("somewhere", init="runs/x").recipe == "transfer"
     assert base_spec("digits", "cifar10").recipe == "cifar10"
+    for objective in ("masked-patch", "mae"):
+        spec = base_spec("somewhere", None, None, objective)
+        assert (spec.recipe, spec.objective) == (f"photos-{objective}", objective)
+        spec = base_spec("somewhere", None, "runs/x", objective)
+        assert (spec.model, spec.options.given(), spec.objective) == (None, {}, objective)
+        spec = base_spec("digits", None, None, objective)
+        assert (spec.recipe, spec.objective) == ("digits", objective)
+        assert base_spec("x", "cifar10", None, objective).recipe == "cifar10"
+    assert base_spec("somewhere", None, None, "classification").recipe == "photos"
 
 
 def test_unknown_recipes_suggest_the_nearest():

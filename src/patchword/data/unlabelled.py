@@ -26,7 +26,8 @@ CLASS = "images"
 def open_images(name: str) -> Source:
     """The source called `name`, whose labels may be missing: as `open_source`, but a folder of
     images without class folders in it is taken as it is, and so is one with such a folder each for
-    train, val and test. Raises `PatchwordError`."""
+    train, val and test. Where these are not divided there is no test part: nothing could be
+    measured on it. Raises `PatchwordError`."""
     path = Path(name).expanduser()
     parts = _flat_parts(path) if name != "digits" and path.is_dir() else {}
     found = sorted(
@@ -45,6 +46,7 @@ def open_images(name: str) -> Source:
         sizes=np.array([size for _, _, size in found], np.int64),
         reader=FileReader(str(path), keys),
         parts=group_parts([part for _, part, _ in found]),
+        default_fractions=(0.1, 0.0),
     )
 
 

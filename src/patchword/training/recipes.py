@@ -88,13 +88,19 @@ def base_spec(
     objective: str | None = None,
 ) -> TrainSpec:
     """The settings that flags are laid over: those of `recipe`, by default `digits` for digits,
-    `transfer` with weights to start from, and else `photos`; without labels `photos-masked-patch`
-    or `photos-mae`, of which weights to start from bring the model."""
-    if recipe is None and f"photos-{objective}" in RECIPES:
-        spec = recipe_spec(f"photos-{objective}", source)
-        return replace(spec, model=None, options=ModelOptions()) if init else spec
+    `transfer` with weights to start from, and else `photos`. Without labels those of
+    `photos-masked-patch` or `photos-mae`: for digits only what is masked and predicted, and with
+    weights to start from all but the model."""
     usual = "digits" if source == "digits" else "photos"
-    return recipe_spec(recipe or ("transfer" if init else usual), source)
+    if recipe is not None or f"photos-{objective}" not in RECIPES:
+        return recipe_spec(recipe or ("transfer" if init else usual), source)
+    spec = recipe_spec(f"photos-{objective}", source)
+    if init:
+        return replace(spec, model=None, options=ModelOptions())
+    if source == "digits":
+        known = recipe_spec("digits", source)
+        return replace(known, objective=spec.objective, pretrain=spec.pretrain)
+    return spec
 
 
 # For a folder of photos -------------------------------------------------------------------------

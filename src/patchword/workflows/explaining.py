@@ -156,11 +156,7 @@ def explain_images(
             found.append(
                 _explained(net, inputs, classes, label, window, batch_size, paths[at], pictures[at])
             )
-            figure = draw_explanation(
-                pixels.permute(1, 2, 0).numpy(), found[-1].explanation, found[-1].label
-            )
-            pictures[at].parent.mkdir(parents=True, exist_ok=True)
-            pictures[at].write_bytes(encode(figure, FORMATS[pictures[at].suffix.lower()]))
+            _draw(found[-1], pixels)
     drops = drops_tokens(net)
     return Explanations(
         images=found,
@@ -194,6 +190,13 @@ def _explained(
         explanation=found,
         picture=picture,
     )
+
+
+def _draw(row: Explained, pixels: Tensor) -> None:
+    """The picture of an image, uint8 `[C, H, W]`, into its file."""
+    figure = draw_explanation(pixels.permute(1, 2, 0).numpy(), row.explanation, row.label)
+    row.picture.parent.mkdir(parents=True, exist_ok=True)
+    row.picture.write_bytes(encode(figure, FORMATS[row.picture.suffix.lower()]))
 
 
 def _readable(
