@@ -23,7 +23,7 @@ import torch
 import patchword
 from patchword.architecture import ModelSpec, PreprocessSpec
 from patchword.data.sources import Source
-from patchword.data.splits import Division, divide, load_division, save_division
+from patchword.data.splits import Division, divide, drawn, load_division, save_division
 from patchword.models.model import Model
 from patchword.models.zoo import (
     create_model,
@@ -310,7 +310,12 @@ def open_division(run: Path | None, source: Source, spec: TrainSpec) -> Division
     if run is not None:
         return load_division(run / SPLITS, source)
     data = spec.data
-    return divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)
+    division = divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)
+    if data.train_images is None:
+        return division
+    return division | {
+        "train": drawn(source.labels, division["train"], data.train_images, spec.seed)
+    }
 
 
 def store(run: Path, spec: TrainSpec, source: Source, division: Division) -> None:
