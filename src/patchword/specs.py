@@ -358,8 +358,14 @@ class TrainSpec:
         )
         if self.time is not None:
             seconds(self.time)
-        if self.objective != "classification":
+        if self.self_supervised:
             self._check_pretraining()
+        else:
+            _require(
+                self.pretrain == PretrainSpec(),
+                "--mask-rate, --predict, --decoder-... and --probe-images go with --objective "
+                "masked-patch or mae; leave them out, or use another --recipe",
+            )
 
     def _check_pretraining(self) -> None:
         """What asks for labels, or says how to use them, is refused."""
@@ -369,6 +375,7 @@ class TrainSpec:
             "--tune": self.tuning.tune != "all",
             "--mixup": self.augment.mixup > 0,
             "--cutmix": self.augment.cutmix > 0,
+            "--label-smoothing": self.optim.label_smoothing > 0,
             "--patch-dropout": bool(self.options.patch_dropout),
         }
         for flag, given in asked.items():
