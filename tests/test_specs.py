@@ -181,6 +181,11 @@ NAN, INF = float("nan"), float("inf")
         *[(PreprocessSpec, {"crop_fraction": value}) for value in (0.0, 1.1, NAN)],
         *[(DataSpec, {n: v}) for n in ("val_fraction", "test_fraction") for v in (-0.1, 1.0, NAN)],
         (DataSpec, {"val_fraction": 0.5, "test_fraction": 0.5}),
+        (DataSpec, {"train_images": 0}),
+        *[(PretrainSpec, {"mask_rate": value}) for value in (0.0, 1.0, -0.1, NAN)],
+        *[(PretrainSpec, {"decoder_width": value}) for value in (4, 18, 20)],
+        *[(PretrainSpec, {f"decoder_{name}": 0}) for name in ("depth", "width", "heads")],
+        (PretrainSpec, {"probe_images": -1}),
         *[(AugmentSpec, {"crop_area": value}) for value in ((0.0, 1.0), (0.6, 0.5), (0.5, 1.1))],
         *[(AugmentSpec, {"crop_aspect": value}) for value in ((0.0, 1.0), (2.0, 1.0))],
         *[

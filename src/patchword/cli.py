@@ -296,7 +296,7 @@ def recipes(arguments: Sequence[str]) -> int:
     """The recipes, with source and expected result."""
     args = read(ListArguments, arguments, "recipes")
     rows = [find_recipe(args.name)] if args.name else list(RECIPES.values())
-    from patchword.workflows.runs import recipe_cost
+    from patchword.workflows.listing import recipe_cost
 
     if args.json:
         out.print_json(

@@ -60,6 +60,8 @@ class DataSpec:
     """held out to choose the best weights, where the data has no val split"""
     test_fraction: float = 0.1
     """held out for the final figure, where the data has no split at all"""
+    train_images: int | None = None
+    """train on so many images at most, drawn by the seed, of each class in proportion"""
     on_bad_image: Literal["skip", "fail"] = "skip"
     cache: Literal["auto", "on", "off"] = _free("auto")
     """keep decoded images in memory when the per-image transform is not random"""
@@ -72,6 +74,10 @@ class DataSpec:
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
         _require(self.val_fraction + self.test_fraction < 1, "nothing is left to train on")
+        _require(
+            self.train_images is None or self.train_images >= 1,
+            f"train_images is {self.train_images}; use 1 or more",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +358,14 @@ class TrainSpec:
         )
         if self.time is not None:
             seconds(self.time)
-        if self.objective != "classification":
+        if self.self_supervised:
             self._check_pretraining()
+        else:
+            _require(
+                self.pretrain == PretrainSpec(),
+                "--mask-rate, --predict, --decoder-... and --probe-images go with --objective "
+                "masked-patch or mae; leave them out, or use another --recipe",
+            )
 
     def _check_pretraining(self) -> None:
         """What asks for labels, or says how to use them, is refused."""
@@ -363,6 +375,7 @@ class TrainSpec:
             "--tune": self.tuning.tune != "all",
             "--mixup": self.augment.mixup > 0,
             "--cutmix": self.augment.cutmix > 0,
+            "--label-smoothing": self.optim.label_smoothing > 0,
             "--patch-dropout": bool(self.options.patch_dropout),
         }
         for flag, given in asked.items():

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchword.data.sources import open_source
-from patchword.data.splits import divide, load_division, save_division
+from patchword.data.splits import divide, drawn, load_division, save_division
 from patchword.parsing import PatchwordError
 from patchword.specs import DataSpec
 
@@ -48,7 +48,29 @@ def test_classes_are_held_out_alike(labelled, per_class, classes, seed):
         assert np.abs(counts - 0.2 * per_class).max() <= 1
 
 
+@given(labels=labels, count=st.integers(1, 160), seed=st.integers(0, 99))
+def test_a_share_is_drawn_of_each_class(labels, count, seed):
+    values = np.array(labels)
+    indices = np.flatnonzero(np.arange(2 * len(labels)) % 2)  # positions in a larger source
+    everything = np.zeros(2 * len(labels), np.int64)
+    everything[indices] = values
+    chosen = drawn(everything, indices, count, seed)
+    assert set(chosen) <= set(indices)
+    assert (np.diff(chosen) > 0).all()
+    assert len(chosen) == min(len(labels), max(count, len(set(labels))))
+    assert set(everything[chosen]) == set(labels)
+    share = count / len(labels)
+    for k in set(labels):
+        if share < 1 and count >= 7 * len(set(labels)):
+            wanted = share * int((values == k).sum())
+            assert abs(int((everything[chosen] == k).sum()) - max(1, wanted)) <= 1 + 1e-9
+    assert np.array_equal(chosen, drawn(everything, indices, count, seed))
+
+
 def test_seeds_differ(labelled):
+    one, two = (drawn(np.zeros(200, np.int64), np.arange(200), 20, seed) for seed in (0, 1))
+    assert not np.array_equal(one, two)
+
     source = labelled([0, 1] * 50)
     a, b = (divide(source, val=0.1, test=0.1, seed=seed)["test"] for seed in (0, 1))
     assert not np.array_equal(a, b)

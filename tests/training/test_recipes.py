@@ -18,7 +18,7 @@ from patchword.training.objectives import check_objective, create_objective, tra
 from patchword.training.optim import build_optimizer, learning_rate, span
 from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge, recipe_spec
 from patchword.training.tuning import trained_names
-from patchword.workflows.runs import recipe_cost
+from patchword.workflows.listing import recipe_cost
 
 every = pytest.mark.parametrize("name", RECIPES)
 

@@ -218,6 +218,14 @@ def test_parts_without_labels(objective: str, flat: Path, tmp_path: Path, comman
     assert "no labels, 8 train, 4 val images" in err
 
 
+def test_runs_of_an_objective_have_a_folder_of_their_own(
+    flat: Path, elsewhere: Path, command: Command
+):
+    code, out, err = command("train", flat, *SMALL, "--objective", "masked-patch")
+    assert code == 0, err
+    assert "runs/pictures-ViT-mu-8-masked-patch" in out
+
+
 def test_nothing_held_out(flat: Path, tmp_path: Path, command: Command):
     """There is nothing to choose on: the last weights stay."""
     words = ["train", flat, *SMALL, "--objective", "mae", "--out", tmp_path / "run"]

@@ -415,6 +415,22 @@ def test_given_splits_are_kept(
         assert len(parts[part]) == 10
 
 
+def test_a_part_of_the_labels(photos: Path, tmp_path: Path, flags: list[str], command: Command):
+    """So many training images, the same val and test parts, and so a resume."""
+    words = ["train", photos, *flags, "--steps", 2]
+    for number in (6, 1000):
+        run = tmp_path / str(number)
+        code, _, err = command(*words, "--train-images", number, "--out", run)
+        assert code == 0, err
+    few, all_ = (json.loads((tmp_path / n / "splits.json").read_text()) for n in ("6", "1000"))
+    assert len(few["train"]) == 6 < len(all_["train"])
+    assert set(few["train"]) < set(all_["train"])
+    assert (few["val"], few["test"]) == (all_["val"], all_["test"])
+    code, _, err = command(*words, "--train-images", 6, "--out", tmp_path / "6")
+    assert code == 0
+    assert "is finished" in err
+
+
 def test_it_learns_digits(tmp_path: Path, command: Command):
     """A minimal model in a few seconds: far above chance (10 %)."""
     words = "train --model ViT-mu/2 --steps 120 --batch-size 64 --lr 1e-2 --depth 1 --width 32"

@@ -69,6 +69,14 @@ def hold_out(
     return np.sort(np.concatenate([indices[:0], *rest])), held
 
 
+def drawn(labels: np.ndarray, indices: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` of `indices`, all if there are no more, but one of each class at least; rising. They
+    are stratified by class and drawn by `seed`."""
+    if count >= len(indices):
+        return indices
+    return hold_out(labels, indices, [1 - count / len(indices)], seed)[0]
+
+
 def _allocate(
     counts: np.ndarray, room: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""`patchword models`: the variants of every family, and one of them layer by layer."""
+"""`patchword models` and `recipes`: the variants of every family, one of them layer by layer, and
+what a recipe costs."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 from patchword.architecture import MixerSpec, ModelSpec, ResNetSpec, ViTSpec
 from patchword.models.summary import LayerRow, layer_table
 from patchword.models.zoo import list_models, model_cost, model_spec
+from patchword.training.objectives import training_exaflops
+from patchword.training.recipes import Recipe, recipe_spec
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,22 @@ def layers(found: Variant) -> list[LayerRow]:
             sum(row.activation_bytes for row in rows),
         ),
     ]
+
+
+def recipe_cost(recipe: Recipe) -> str:
+    """What a recipe costs on the data it is for: images seen and exaFLOPs (section 4.4)."""
+    spec = recipe_spec(recipe.name, "")
+    if spec.time is not None:
+        return f"{spec.time} of training"
+    if spec.steps == 0:
+        return "one pass over the images"
+    images = (spec.steps or 0) * spec.batch_size
+    if spec.epochs is not None:
+        if recipe.images is None:
+            return f"{spec.epochs:g} epochs of the data"
+        images = round(spec.epochs * recipe.images)
+    if spec.model is None:
+        return f"{images:,} images; exaFLOPs by the model that --init names"
+    model = model_spec(spec.model, image_size=spec.size, **spec.options.given())
+    cost = training_exaflops(spec, model, images)
+    return f"{images:,} images, {cost:.3g} exaFLOPs"

@@ -23,12 +23,11 @@ import torch
 import patchword
 from patchword.architecture import ModelSpec, PreprocessSpec
 from patchword.data.sources import Source
-from patchword.data.splits import Division, divide, load_division, save_division
+from patchword.data.splits import Division, divide, drawn, load_division, save_division
 from patchword.models.model import Model
 from patchword.models.zoo import (
     create_model,
     model_family,
-    model_spec,
     spec_from_dict,
     spec_to_dict,
     variant_name,
@@ -36,10 +35,10 @@ from patchword.models.zoo import (
 from patchword.parsing import PatchwordError, UsageError, differences, nearest, parse, to_dict
 from patchword.specs import ModelOptions, PreprocessOptions, TrainSpec
 from patchword.training.checkpoint import replace_text
-from patchword.training.objectives import RATES, check_objective, training_exaflops
+from patchword.training.objectives import RATES, check_objective
 from patchword.training.optim import span
 from patchword.training.parallel import resolve_device, resolve_precision
-from patchword.training.recipes import Recipe, recipe_spec
+from patchword.training.recipes import recipe_spec
 from patchword.training.tuning import trained_names
 from patchword.weights.loading import describe_weights, transfer
 
@@ -52,12 +51,14 @@ SWEEP = "sweep.json"
 
 
 def default_run(source: Source, spec: TrainSpec) -> Path:
-    """`runs/<data>-<model>`, for weights to transfer `runs/<data>-from-<their run or file>`."""
+    """`runs/<data>-<model>`, for weights to transfer `runs/<data>-from-<their run or file>`; if not
+    to classify, with the objective at the end."""
     name = spec.model or "model"
     if spec.init is not None:
         init = Path(spec.init)
         name = f"from-{init.stem if init.is_file() else init.resolve().name}"
-    return Path("runs") / f"{source.name}-{name}".replace("/", "-")
+    what = f"-{spec.objective}" if spec.self_supervised else ""
+    return Path("runs") / f"{source.name}-{name}{what}".replace("/", "-")
 
 
 @contextmanager
@@ -311,7 +312,12 @@ def open_division(run: Path | None, source: Source, spec: TrainSpec) -> Division
     if run is not None:
         return load_division(run / SPLITS, source)
     data = spec.data
-    return divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)
+    division = divide(source, val=data.val_fraction, test=data.test_fraction, seed=spec.seed)
+    if data.train_images is None:
+        return division
+    return division | {
+        "train": drawn(source.labels, division["train"], data.train_images, spec.seed)
+    }
 
 
 def store(run: Path, spec: TrainSpec, source: Source, division: Division) -> None:
@@ -380,22 +386,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def recipe_cost(recipe: Recipe) -> str:
-    """What a recipe costs on the data it is for: images seen and exaFLOPs (section 4.4)."""
-    spec = recipe_spec(recipe.name, "")
-    if spec.time is not None:
-        return f"{spec.time} of training"
-    if spec.steps == 0:
-        return "one pass over the images"
-    images = (spec.steps or 0) * spec.batch_size
-    if spec.epochs is not None:
-        if recipe.images is None:
-            return f"{spec.epochs:g} epochs of the data"
-        images = round(spec.epochs * recipe.images)
-    if spec.model is None:
-        return f"{images:,} images; exaFLOPs by the model that --init names"
-    model = model_spec(spec.model, image_size=spec.size, **spec.options.given())
-    cost = training_exaflops(spec, model, images)
-    return f"{images:,} images, {cost:.3g} exaFLOPs"

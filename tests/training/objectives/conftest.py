@@ -32,6 +32,12 @@ def make_model() -> Callable[..., ViT]:
 
 @pytest.fixture(scope="session")
 def make_spec() -> Callable[..., TrainSpec]:
-    """`make_spec(**settings)`: with a small decoder."""
+    """`make_spec(**settings)`: with an objective, of a small decoder."""
     small = {"decoder_depth": 2, "decoder_width": 16, "decoder_heads": 2}
-    return lambda **settings: changed(TrainSpec(source="x"), **small | settings)
+
+    def make(**settings: Any) -> TrainSpec:
+        return changed(
+            TrainSpec(source="x"), **(small if "objective" in settings else {}), **settings
+        )
+
+    return make

@@ -163,6 +163,8 @@ def test_classification_has_no_parts_and_is_the_model_itself(make_spec: MakeSpec
         ({"mixup": 0.2}, "--mixup"),
         ({"cutmix": 0.2}, "--cutmix"),
         ({"patch_dropout": 0.2}, "--patch-dropout"),
+        ({"label_smoothing": 0.1}, "--label-smoothing"),
+        ({"objective": "classification", "mask_rate": 0.5}, "--mask-rate, --predict, .* go with"),
         ({"mask_rate": 1.0}, "mask_rate is 1.0"),
         ({"decoder_width": 30}, "decoder_width is 30"),
         ({"decoder_depth": 0}, "decoder_depth is 0"),
@@ -170,7 +172,7 @@ def test_classification_has_no_parts_and_is_the_model_itself(make_spec: MakeSpec
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):
-        changed(TrainSpec(source="x"), objective="mae", **settings)
+        changed(TrainSpec(source="x"), **{"objective": "mae"} | settings)
 
 
 @both
