@@ -56,6 +56,7 @@ def _headline(run: RunFacts, notes: int) -> str:
     value, what = run.given("loss", lambda loss: f"{loss:.4f}") or "\u2013", "Loss on val"
     if knn is not None:
         value, what = facts.percent(knn), "Top-1 of the nearest neighbours by frozen features"
+    use = "" if knn is None else "; they measured progress and chose these weights"
     on = f" on {escape(facts.part('val', int(n)))}" if n and knn is None else ""
     weights = f" Weights: {escape(run.weights())}." if run.weights() else ""
     pill = f'<a class="pill" href="#notes">{facts.count(notes, "note")}</a>' if notes else ""
@@ -74,7 +75,7 @@ def _headline(run: RunFacts, notes: int) -> str:
     return f"""<div class="hero">
 <div class="figure-number">{value}</div>
 <div class="said"><p><strong>{what}{on}</strong></p>
-<p class="muted">Trained without labels; they measure progress alone.{weights}</p>{pill}</div>
+<p class="muted">Trained without labels{use}.{weights}</p>{pill}</div>
 </div>
 <dl class="tiles">{shown}</dl>"""
 

@@ -49,10 +49,10 @@ def say_objective(console: Console, spec: TrainSpec, probed: int) -> None:
         "pixels": "their pixels",
     }
     kind = "mae" if spec.objective == "mae" else spec.pretrain.predict
-    use = f"labels of {probed:,} images measure progress and choose the best weights" if probed else "no labels are used"
+    use = f"labels of {probed:,} images measure progress and choose the best weights"
     console.print(
         f"objective {spec.objective}: {100 * (spec.pretrain.mask_rate or 0):g} % of the patches "
-        f"masked, learns {what[kind]}; {use}",
+        f"masked, learns {what[kind]}; {use if probed else 'no labels are used'}",
         highlight=False,
         soft_wrap=True,
     )

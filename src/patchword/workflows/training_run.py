@@ -27,7 +27,7 @@ from patchword.training.parallel import (
     resolve_precision,
 )
 from patchword.training.recipes import base_spec
-from patchword.training.trainer import Trainer, set_head
+from patchword.training.trainer import Head, Trainer, set_head
 from patchword.weights.files import SINGLE
 from patchword.weights.loading import load_model
 from patchword.workflows import pretraining, runs
@@ -153,28 +153,39 @@ def _train(
     if newest is not None:
         trainer.read(*newest)
         console.print(f"resuming from {newest[0]}", highlight=False)
-    progress = trainer.progress
-    training = Run(
-        trainer=trainer,
-        feed=inputs.feed,
-        prepare=inputs.prepare,
-        evaluators={"val": pretraining.progress_evaluator(inputs, trainer.objective)}
-        if len(division["val"])
-        else {},
-        checkpoints=checkpoints,
-        metrics=Lines(run / "metrics.jsonl", progress.step),
-        evaluations=Lines(run / "evaluations.jsonl", progress.evaluated),
-        live=LiveLine(console),
-        steps_per_epoch=len(division["train"]) / spec.batch_size,
-        locate=source.location,
-        criterion=pretraining.criterion(inputs),
-        extra_log=_tensorboard(run, spec, progress.step),
-        ready_head=ready,
-    )
+    training = _loop(run, trainer, inputs, checkpoints, console, ready)
     with memory_explained(spec):
         training.fit()
     result, summary = finish(run, trainer, inputs, console)
     return TrainResult(run, summary["split"] or "", result, summary)
+
+
+def _loop(
+    run: Path,
+    trainer: Trainer,
+    inputs: Inputs,
+    checkpoints: Checkpoints,
+    console: Console,
+    ready: Head | None,
+) -> Run:
+    """The loop, with all that it reads and writes."""
+    progress, division = trainer.progress, inputs.division
+    evaluator = pretraining.progress_evaluator(inputs, trainer.objective)
+    return Run(
+        trainer=trainer,
+        feed=inputs.feed,
+        prepare=inputs.prepare,
+        evaluators={"val": evaluator} if len(division["val"]) else {},
+        checkpoints=checkpoints,
+        metrics=Lines(run / "metrics.jsonl", progress.step),
+        evaluations=Lines(run / "evaluations.jsonl", progress.evaluated),
+        live=LiveLine(console),
+        steps_per_epoch=len(division["train"]) / trainer.spec.batch_size,
+        locate=inputs.source.location,
+        criterion=pretraining.criterion(inputs),
+        extra_log=_tensorboard(run, trainer.spec, progress.step),
+        ready_head=ready,
+    )
 
 
 def _tensorboard(run: Path, spec: TrainSpec, step: int) -> Callable[[dict[str, Any]], None]:
