@@ -12,7 +12,7 @@ demo: $(VENV)/base.stamp
 	$(BIN)/patchword demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
