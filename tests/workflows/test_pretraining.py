@@ -283,6 +283,6 @@ def test_what_makes_no_sense_is_refused(
 
 
 def test_labels_are_needed_to_classify(flat: Path, tmp_path: Path, command: Command):
-    code, _, err = command("train", flat, *SMALL, "--out", tmp_path / "run")
+    code, _, err = command("train", flat, *FEW.split(), "--out", tmp_path / "run")
     assert code == 1
     assert "no images in class folders" in err
