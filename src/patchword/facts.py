@@ -159,23 +159,23 @@ def notes(run: RunFacts, result: Classification, split: str) -> list[str]:
 def pretraining_notes(run: RunFacts) -> list[str]:
     """What a reader must know before trusting the figures of a self-supervised run."""
     found: list[str] = []
-    knn, n = run.number("knn"), int(run.number("n") or 0)
+    linear, n = run.number("linear"), int(run.number("n") or 0)
     if n:
-        by = "nearest neighbours" if knn is not None else "loss"
+        by = "a linear probe" if linear is not None else "the loss"
         found.append(
-            f"Measured on validation images, which also chose the best weights by their {by}: the "
+            f"Measured on validation images, which also chose the best weights by {by}: the "
             "figures are a little optimistic. No test image was looked at."
         )
     else:
         found.append("No image was held out: nothing says how well the model does on new ones.")
-    if knn is None:
+    if linear is None:
         found.append("Without labels nothing tells what the features are worth for a task.")
     return found + _note_skipped(run) + _note_code(run)
 
 
 def pretraining_commands(run: RunFacts) -> list[str]:
     """What to do with the weights of a self-supervised run."""
-    known = run.number("knn") is not None and run.source
+    known = run.number("linear") is not None and run.source
     data, path = shlex.quote(run.source) if known else "LABELLED_DATA", shlex.quote(str(run.path))
     return [
         f"patchword train {data} --init {path}",

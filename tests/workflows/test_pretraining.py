@@ -115,7 +115,7 @@ def test_labels_measure_progress_alone(objective: str, learned: Callable[[str], 
     assert {line["split"] for line in lines} == {"val"}
     assert all(0 <= line[name] <= 1 for line in lines for name in ("knn", "linear"))
     summary = json.loads((run / "summary.json").read_text())
-    best = max(reversed(lines), key=lambda line: line["knn"])
+    best = max(reversed(lines), key=lambda line: line["linear"])
     assert (summary["best_step"], summary["best_weights"]) == (best["step"], best["weights"])
     assert {n: summary[n] for n in ("knn", "linear", "loss")} == {
         n: best[n] for n in ("knn", "linear", "loss")

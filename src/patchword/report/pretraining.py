@@ -52,18 +52,18 @@ def write_pretraining_report(
 
 
 def _headline(run: RunFacts, notes: int) -> str:
-    knn, n = run.number("knn"), run.number("n")
+    linear, n = run.number("linear"), run.number("n")
     value, what = run.given("loss", lambda loss: f"{loss:.4f}") or "\u2013", "Loss on val"
-    if knn is not None:
-        value, what = facts.percent(knn), "Top-1 of the nearest neighbours by frozen features"
-    use = "" if knn is None else "; they measured progress and chose these weights"
-    on = f" on {escape(facts.part('val', int(n)))}" if n and knn is None else ""
+    if linear is not None:
+        value, what = facts.percent(linear), "Top-1 of a linear probe on frozen features"
+    use = "" if linear is None else "; they measured progress and chose these weights"
+    on = f" on {escape(facts.part('val', int(n)))}" if n and linear is None else ""
     weights = f" Weights: {escape(run.weights())}." if run.weights() else ""
     pill = f'<a class="pill" href="#notes">{facts.count(notes, "note")}</a>' if notes else ""
     tiles = {
         "Objective": escape(run.objective),
         "Patches masked": facts.percent(run.mask_rate, 0) if run.mask_rate else None,
-        "Logistic regression": run.given("linear", facts.percent),
+        "Nearest neighbours": run.given("knn", facts.percent),
         "Loss on val": run.given("loss", lambda loss: f"{loss:.4f}"),
         "Parameters": run.given("parameters", facts.whole),
         "Images seen": run.given("images", facts.whole),

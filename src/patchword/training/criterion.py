@@ -32,5 +32,5 @@ class Criterion:
 
 
 TOP1 = Criterion("top1", "top-1")
-KNN = Criterion("knn", "kNN top-1")
+LINEAR = Criterion("linear", "top-1 of the linear probe")
 LOSS = Criterion("loss", "loss", rising=False)

@@ -16,7 +16,7 @@ from patchword.evaluation.representation import Labelled, Representation
 from patchword.inspection.drawing import encode
 from patchword.inspection.reconstruction import draw_predictions
 from patchword.report.pretraining import write_pretraining_report
-from patchword.training.criterion import KNN, LOSS, TOP1, Criterion
+from patchword.training.criterion import LINEAR, LOSS, TOP1, Criterion
 from patchword.training.log import read_lines
 from patchword.training.objectives import create_objective
 from patchword.training.objectives.base import Objective
@@ -57,7 +57,7 @@ def criterion(inputs: Inputs) -> Criterion:
     """What chooses the best weights: labels if there are any."""
     if not inputs.spec.self_supervised:
         return TOP1
-    return KNN if probed_images(inputs) else LOSS
+    return LINEAR if probed_images(inputs) else LOSS
 
 
 def probed_images(inputs: Inputs) -> int:
