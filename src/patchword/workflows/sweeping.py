@@ -290,7 +290,7 @@ class _Sweep:
         before = _read(path)
         if before.get("finished") and before.get("sweep") == self.found.to_dict():
             text = f"{self.folder} is finished; --overwrite trains it again"
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
             return self.found
         for name in ("best", "last"):
             if (first / name).exists():

@@ -103,7 +103,8 @@ def train(
             spec = runs.resume_spec(spec, stored, division, run)
             summary = read_summary(run)
             if summary.get("finished"):
-                console.print(f"{run} is finished; --overwrite trains it again", highlight=False)
+                text = f"{run} is finished; --overwrite trains it again"
+                console.print(text, highlight=False, soft_wrap=True)
                 return TrainResult(run, summary.get("split") or "", None, summary)
             runs.note_changes(run, source)
         return _train(spec, source, division, run, console, started, fresh=stored is None)
@@ -152,7 +153,7 @@ def _train(
     trainer = Trainer(model, spec, device, dtype, inputs.class_weights())
     if newest is not None:
         trainer.read(*newest)
-        console.print(f"resuming from {newest[0]}", highlight=False)
+        console.print(f"resuming from {newest[0]}", highlight=False, soft_wrap=True)
     training = _loop(run, trainer, inputs, checkpoints, console, ready)
     with memory_explained(spec):
         training.fit()
