@@ -170,7 +170,7 @@ def npz_with(path: Path, content: bytes, **options: Any) -> bytes:
 
 def archives(path: Path, rng: random.Random) -> Iterator[tuple[str, bytes]]:
     """Archives that lie about what is in them."""
-    zeros = npy(described("'<f4'", "(5000000,)"), bytes(20_000_000))
+    zeros = npy(described("'<f4'", "(25000000,)"), bytes(100_000_000))
     if rng.random() < 0.5:  # slow to make
         yield "bomb", npz_with(path, zeros, compression=zipfile.ZIP_DEFLATED)
     ours = np.ones(64, "<f4")
@@ -253,7 +253,7 @@ def pickles(rng: random.Random) -> Iterator[tuple[str, bytes]]:
     yield "bare code", pickle.dumps(evil, rng.randrange(2, 6))
     yield "bare old code", pickle.dumps(evil, 0)
     yield "a terabyte", torch_zip(pickle.dumps(Huge(), 2), rng)
-    yield "a bomb", torch_zip(bytes(20_000_000), rng, compression=zipfile.ZIP_DEFLATED)
+    yield "a bomb", torch_zip(bytes(100_000_000), rng, compression=zipfile.ZIP_DEFLATED)
     yield "garbage", torch_zip(rng.randbytes(200), rng)
     yield "empty", torch_zip(b"", rng)
     yield "deep", torch_zip(b"\x80\x02" + b"(" * 10**5 + b"t" * 10**5 + b".", rng)
