@@ -86,12 +86,7 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         "position": "learned-1d" if "pos_embed" in shapes else "none",
         "image_size": list(size),
     }
-    if fields["position"] == "none" and not input_sizes(config, hints):
-        notes.append(f"assumed: images of {size[0]} x {size[1]} px; image_size=... says otherwise")
-    if not config:
-        notes.append(f"assumed: {fields['activation']}, LayerNorm eps {fields['norm_eps']}")
-    if fields["distillation"] == "head" and not fields["num_classes"]:
-        notes.append("features are the class token's, timm's the mean of both tokens'")
+    notes += _assumed(fields, config, hints)
     fields |= {key: value for key, value in hints.items() if key != "image_size"}
     spec = parse(ViTSpec, fields)
     layout = Layout(
@@ -108,6 +103,19 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         ignored=LEFTOVERS if spec.pool == "map" else (*LEFTOVERS, r"attn_pool\..*"),
         notes=tuple(notes),
     )
+
+
+def _assumed(fields: dict[str, Any], config: Config, hints: dict[str, Any]) -> list[str]:
+    """What the file does not say, and was taken to be so."""
+    notes: list[str] = []
+    if fields["position"] == "none" and not input_sizes(config, hints):
+        height, width = fields["image_size"]
+        notes.append(f"assumed: images of {height} x {width} px; image_size=... says otherwise")
+    if not config:
+        notes.append(f"assumed: {fields['activation']}, LayerNorm eps {fields['norm_eps']}")
+    if fields["distillation"] == "head" and not fields["num_classes"]:
+        notes.append("features are the class token's, timm's the mean of both tokens'")
+    return notes
 
 
 def _refuse(shapes: Shapes, config: Config) -> None:
