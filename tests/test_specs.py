@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import patchword
 from patchword.architecture import FAMILIES, PreprocessSpec, ViTSpec
+from patchword.input_specs import AugmentSpec, DataSpec, PreprocessOptions
 from patchword.parsing import (
     PatchwordError,
     UsageError,
@@ -26,11 +27,8 @@ from patchword.parsing import (
     to_dict,
 )
 from patchword.specs import (
-    AugmentSpec,
-    DataSpec,
     ModelOptions,
     OptimSpec,
-    PreprocessOptions,
     PretrainSpec,
     TrainSpec,
     TuneSpec,

@@ -7,127 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from patchword.architecture import (
     Activation,
     Distillation,
     Head,
-    Interpolation,
     Loss,
     Pool,
     Position,
     PositionAt,
-    PreprocessSpec,
-    Resize,
 )
 from patchword.architecture import (
     require as _require,
 )
+from patchword.input_specs import AugmentSpec, DataSpec, PreprocessOptions, may_change
 from patchword.parsing import UsageError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessOptions:
-    """Changes to the preprocessing; None leaves that of the weights, or `PreprocessSpec`'s."""
-
-    mean: tuple[float, ...] | None = None
-    """per channel, of pixel values in [0, 1]"""
-    std: tuple[float, ...] | None = None
-    interpolation: Interpolation | None = None
-    resize: Resize | None = None
-    """`short`: the short side to image size / crop_fraction, then a centre crop;
-    `stretch`: straight to the image size"""
-    crop_fraction: float | None = None
-
-    def over(self, base: PreprocessSpec) -> PreprocessSpec:
-        """`base` with the values that are set."""
-        given = {key: value for key, value in vars(self).items() if value is not None}
-        return dataclasses.replace(base, **given)
-
-
-def _free(default: Any) -> Any:
-    """A field that a resumed run may change: an undisturbed run computes the same with any."""
-    return field(default=default, metadata={"free": True})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSpec:
-    """Where the images come from and how they are divided."""
-
-    val_fraction: float = 0.1
-    """held out to choose the best weights, where the data has no val split"""
-    test_fraction: float = 0.1
-    """held out for the final figure, where the data has no split at all"""
-    train_images: int | None = None
-    """train on so many images at most, drawn by the seed, of each class in proportion"""
-    on_bad_image: Literal["skip", "fail"] = "skip"
-    cache: Literal["auto", "on", "off"] = _free("auto")
-    """keep decoded images in memory when the per-image transform is not random"""
-    balance: Literal["none", "sampler", "loss"] = "none"
-    """where classes differ in size: `sampler` draws all of them equally often, `loss` weights each
-    image by the inverse of its class's frequency"""
-
-    def __post_init__(self) -> None:
-        for name in ("val_fraction", "test_fraction"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
-        _require(self.val_fraction + self.test_fraction < 1, "nothing is left to train on")
-        _require(
-            self.train_images is None or self.train_images >= 1,
-            f"train_images is {self.train_images}; use 1 or more",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentSpec:
-    """The training transform. Crop and RandAugment run per image in the workers, the rest per
-    batch on the device."""
-
-    crop: Literal["inception", "resize"] = "inception"
-    """`inception`: random area and aspect ratio; `resize`: as in evaluation"""
-    crop_area: tuple[float, float] = (0.05, 1.0)
-    """range of the crop's share of the image's area"""
-    crop_aspect: tuple[float, float] = (0.75, 4 / 3)
-    flip: bool = True
-    """mirror left and right, half of the time"""
-    pad: int = 0
-    """shift at random by up to this many pixels, zeros (grey) coming in"""
-    rotate: float = 0.0
-    """largest angle of a random affine map, degrees"""
-    scale: float = 0.0
-    """largest relative change of size, 0.1 = between 0.9 and 1.1"""
-    translate: float = 0.0
-    """largest shift as a share of the image's side"""
-    shear: float = 0.0
-    """largest shear, degrees"""
-    randaugment_layers: int = 0
-    randaugment_magnitude: float = 0.0
-    """0 to 30; 10 is RandAugment's original full scale"""
-    mixup: float = 0.0
-    """Beta(a, a) parameter, 0 for none"""
-    cutmix: float = 0.0
-    """Beta(a, a) parameter, 0 for none; with mixup, each batch draws one of the two"""
-    erasing: float = 0.0
-    """probability of erasing a random box of an image"""
-
-    def __post_init__(self) -> None:
-        low, high = self.crop_area
-        _require(0 < low <= high <= 1, f"crop_area {self.crop_area} must be in (0, 1]")
-        low, high = self.crop_aspect
-        _require(
-            0 < low <= high < math.inf, f"crop_aspect {self.crop_aspect} must be positive and rise"
-        )
-        for name in (
-            *("pad", "rotate", "scale", "translate", "shear", "mixup", "cutmix"),
-            "randaugment_layers",
-        ):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{name} is {value}; it must be 0 or more and finite")
-        _require(self.scale < 1, f"scale is {self.scale}; it must be below 1")
-        _require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; it must be in [0, 1]")
-        _require(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude is not in [0, 30]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +191,7 @@ class TrainSpec:
     init: str | None = None
     """weights to start from: a run directory, a weight file or folder, hub:ORG/NAME, or a name that
     `patchword models --pretrained` lists"""
-    trust_pickle: bool = _free(False)
+    trust_pickle: bool = may_change(False)
     """read --init even if it is a pickle (.pth): for files whose source you trust"""
     objective: ObjectiveName = "classification"
     """what is learned: the labels, or without them the colours of corrupted patches (masked-patch)
@@ -305,6 +201,9 @@ class TrainSpec:
     model until training, which starts from a head of zeros (section 3.2), betters it"""
     image_size: tuple[int, ...] | None = None
     """one side, or height and width, in pixels; by default that of --init, else 224"""
+    enlarge: float = 1.0
+    """without --image-size: how many times the resolution of --init is tried beside it; taken if a
+    head on frozen features is better there on the val part, and --time allows 5 epochs"""
     steps: int | None = None
     epochs: float | None = None
     images: int | None = None
@@ -320,16 +219,16 @@ class TrainSpec:
     """only deterministic kernels: bit-exact resume on CUDA"""
     eval_every: int | None = None
     """steps between evaluations on the val part; by default ten times a run"""
-    checkpoint_every: int | None = _free(None)
+    checkpoint_every: int | None = may_change(None)
     """steps between checkpoints; by default at every evaluation"""
-    keep: int = _free(2)
+    keep: int = may_change(2)
     """checkpoints kept, the newest ones; best/ is kept besides"""
     log_every: int | None = None
-    workers: int | None = _free(None)
+    workers: int | None = may_change(None)
     """loader processes; the batches are the same with any number"""
-    on_nan: Literal["stop", "rollback"] = _free("stop")
-    on_save_error: Literal["stop", "continue"] = _free("stop")
-    tensorboard: bool = _free(False)
+    on_nan: Literal["stop", "rollback"] = may_change("stop")
+    on_save_error: Literal["stop", "continue"] = may_change("stop")
+    tensorboard: bool = may_change(False)
     options: ModelOptions = ModelOptions()
     preprocess: PreprocessOptions = PreprocessOptions()
     data: DataSpec = DataSpec()
@@ -342,6 +241,7 @@ class TrainSpec:
         if self.image_size is not None:
             _require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
             _require(min(self.image_size) >= 1, f"image_size is {self.image_size}; use 1 or more")
+        _require(1 <= self.enlarge <= 4, f"enlarge is {self.enlarge}; it must be between 1 and 4")
         for name in ("epochs", "images", "eval_every", "checkpoint_every", "log_every"):
             value = getattr(self, name)
             _require(
@@ -371,6 +271,7 @@ class TrainSpec:
         """What asks for labels, or says how to use them, is refused."""
         asked = {
             "--probe": self.probe,
+            "--enlarge": self.enlarge != 1,
             "--balance": self.data.balance != "none",
             "--tune": self.tuning.tune != "all",
             "--mixup": self.augment.mixup > 0,

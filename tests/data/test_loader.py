@@ -25,8 +25,8 @@ from patchword.data.loader import (
 )
 from patchword.data.sources import open_source
 from patchword.data.transforms import EvalTransform, TrainTransform
+from patchword.input_specs import AugmentSpec
 from patchword.parsing import PatchwordError
-from patchword.specs import AugmentSpec
 
 SIZE = (8, 8)
 RANDOM = TrainTransform(SIZE, 3, PreprocessSpec(), AugmentSpec(randaugment_layers=1))
@@ -318,7 +318,7 @@ from patchword.data.loader import Plan, train_batches
 from patchword.data.sources import open_source
 from patchword.data.transforms import TrainTransform
 from patchword.architecture import PreprocessSpec
-from patchword.specs import AugmentSpec
+from patchword.input_specs import AugmentSpec
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))

@@ -18,8 +18,8 @@ from patchword.data.transforms import (
     inception_box,
     to_input,
 )
+from patchword.input_specs import AugmentSpec
 from patchword.parsing import PatchwordError, parse
-from patchword.specs import AugmentSpec
 
 
 def generator(seed=0):

@@ -11,7 +11,7 @@ import torch
 from patchword import UsageError, create_model, list_models
 from patchword.architecture import ViTSpec
 from patchword.models.vit import ViT
-from patchword.models.zoo import SHAPES, model_cost, model_spec, variant_name
+from patchword.models.zoo import SHAPES, enlarged, model_cost, model_spec, variant_name
 
 # Parameters at 224 px, 1000 classes, linear head. Those of Ti/16, S/16, B/16, B/32, L/16 and H/14
 # are the ones that other libraries have too.
@@ -236,3 +236,23 @@ def test_variant_names_come_back():
         assert variant_name(model_spec(name, image_size=224 if "/14" in name else 32)) == name
     assert variant_name(model_spec("ViT-Ti/4", depth=6, image_size=32)) == "ViT-6x192/4"
     assert variant_name(model_spec("ViT-S/4", patch_size=(4, 8), image_size=32)) == "ViT-S/4x8"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "times", "larger"),
+    [
+        ("ViT-B/16", 224, 1.29, (288, 288)),
+        ("ViT-H/14", 224, 1.29, (294, 294)),
+        ("ViT-B/32", 224, 1.29, (288, 288)),
+        ("ViT-B/16", (160, 320), 1.5, (240, 480)),
+        ("ViT-B/16", 224, 1.03, (224, 224)),
+        ("ViT-B/32", 32, 1.29, (32, 32)),
+        ("R26+ViT-S/32", 224, 1.29, (288, 288)),
+        ("BiT-R50x1", 224, 1.29, (288, 288)),
+        ("Mixer-B/16", 224, 1.29, (224, 224)),
+    ],
+)
+def test_enlarged_sizes_hold_whole_patches(
+    name: str, size: int | tuple[int, int], times: float, larger: tuple[int, int]
+):
+    assert enlarged(model_spec(name, image_size=size), times) == larger

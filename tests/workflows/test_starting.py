@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ import patchword
 from patchword import UsageError, load_model
 from patchword.data.sources import open_source
 from patchword.data.splits import load_division
+from patchword.data.unlabelled import open_images
 from patchword.evaluation.probe import sweep_logistic
 from patchword.features import extract
 from patchword.parsing import Interrupted, PatchwordError, parse
 from patchword.specs import TrainSpec
 from patchword.training.log import read_lines
 from patchword.training.loop import Run
-from patchword.workflows import starting
+from patchword.training.recipes import base_spec
+from patchword.workflows import runs, starting
+from patchword.workflows.inputs import Inputs
 
 Command = Callable[..., tuple[int, str, str]]
 SETTINGS: dict[str, Any] = {"batch_size": 8, "workers": 0, "precision": "float32"}
@@ -90,6 +95,131 @@ def test_training_never_returns_less_than_the_head(train: Any, tmp_path: Path):
     )
 
 
+# The resolution ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accuracies(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
+    """Image size -> what a head on the features there is worth; other sizes fail."""
+    given: dict[tuple[int, int], float] = {}
+    real = starting.probe_head
+
+    def worth(inputs: Inputs, console: Any) -> Any:
+        found = real(inputs, console)
+        assert found is not None
+        return dataclasses.replace(found, accuracy=given[inputs.spec.size])
+
+    monkeypatch.setattr(starting, "probe_head", worth)
+    return given
+
+
+@pytest.mark.parametrize(("larger", "side"), [(0.9, 32), (0.8, 16), (0.7, 16)])
+def test_the_resolution_at_which_a_head_is_better_is_taken(
+    train: Any,
+    tmp_path: Path,
+    accuracies: dict[tuple[int, int], float],
+    capsys: pytest.CaptureFixture[str],
+    larger: float,
+    side: int,
+):
+    """Of equals the one of the weights; resuming and repeating keep to it."""
+    accuracies |= {(16, 16): 0.8, (32, 32): larger}
+    settings = {"steps": 2, "enlarge": 2.0}
+    train(tmp_path / "run", **settings)
+    assert config(tmp_path / "run").size == (side, side)
+    assert load_model(tmp_path / "run").spec.image_size == (side, side)
+    said = " ".join(capsys.readouterr().err.split())
+    at = f"top-1 on val 80.00% at 16x16, {larger:.2%} at 32x32"
+    assert f"resolution {side}x{side}: a head on frozen features has {at}" in said
+    accuracies.clear()
+    assert train(tmp_path / "run", **settings).result is None
+
+
+def test_a_stopped_run_goes_on_at_its_resolution(
+    train: Any,
+    tmp_path: Path,
+    accuracies: dict[tuple[int, int], float],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """To the bits of the same run with the resolution given."""
+    accuracies |= {(16, 16): 0.8, (32, 32): 0.9}
+    settings = {"steps": 4, "checkpoint_every": 2, "lr": 1e-3}
+    show = Run.show
+
+    def die(self: Run, *args: Any) -> None:
+        show(self, *args)
+        if self.trainer.progress.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "show", die)
+        with pytest.raises((KeyboardInterrupt, Interrupted)):
+            train(tmp_path / "cut", enlarge=2.0, **settings)
+    accuracies.clear()
+    train(tmp_path / "cut", enlarge=2.0, **settings)
+    train(tmp_path / "given", image_size=32, **settings)
+    cut, given = (load_model(tmp_path / name / "last") for name in ("cut", "given"))
+    for name, value in given.state_dict().items():
+        assert torch.equal(value, cut.state_dict()[name]), name
+
+
+def test_resolutions_are_compared_by_real_heads(train: Any, tmp_path: Path, photos: Path):
+    train(tmp_path / "run", steps=1, lr=1e-3, enlarge=2.0)
+    source = open_source(str(photos))
+    division = load_division(tmp_path / "run" / "splits.json", source)
+    found: list[float] = []
+    for size in (16, 32):
+        model = load_model(config(tmp_path / "run").init or "", image_size=size)
+        model.preprocess = config(tmp_path / "run").preprocess.over(model.preprocess)
+        train_part, val = (
+            extract(model, source, division[part], device="cpu", cache=False)
+            for part in ("train", "val")
+        )
+        probe = sweep_logistic(
+            train_part.pooled, train_part.labels, val.pooled, val.labels, len(source.classes)
+        )
+        found.append(probe.accuracy)
+    side = 32 if found[1] > found[0] else 16
+    assert config(tmp_path / "run").size == (side, side)
+
+
+@pytest.mark.parametrize(("pace", "size"), [(1.0, (16, 16)), (0.1, (32, 32))])
+def test_a_higher_resolution_needs_time(
+    train: Any,
+    tmp_path: Path,
+    accuracies: dict[tuple[int, int], float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pace: float,
+    size: tuple[int, int],
+):
+    """Five epochs of 28 images: 18 steps of 8."""
+    accuracies |= {(16, 16): 0.8, (32, 32): 0.9}
+    monkeypatch.setattr(starting, "_pace", lambda *_, **__: pace)
+    train(tmp_path / "run", time="12s", enlarge=2.0, lr=1e-3)
+    assert config(tmp_path / "run").size == size
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("epochs at 32x32" in said) == (size == (16, 16))
+
+
+def test_a_given_resolution_is_not_compared(
+    train: Any, tmp_path: Path, accuracies: dict[tuple[int, int], float]
+):
+    """Nor one without a val part, nor those of a sweep."""
+    train(tmp_path / "given", steps=1, lr=1e-3, image_size=24, enlarge=2.0, probe=False)
+    assert config(tmp_path / "given").size == (24, 24)
+    train(tmp_path / "no-val", steps=1, lr=1e-3, val_fraction=0.0, enlarge=2.0, probe=False)
+    assert config(tmp_path / "no-val").size == (16, 16)
+
+
+def test_resolutions_need_weights_to_compare(photos: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="--enlarge compares resolutions by the features"):
+        patchword.train(photos, model="ViT-mu/8", enlarge=1.5, out=tmp_path / "run")
+
+
+# The learning rate -------------------------------------------------------------------------------
+
+
 def test_the_rate_with_the_lowest_loss_is_taken(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -113,6 +243,23 @@ def test_the_rate_with_the_lowest_loss_is_taken(
     with pytest.raises(UsageError, match=r"optim\.rates"):
         train(tmp_path / "run", steps=200, rates=(1e-4, 1e-3), eval_every=200)
     assert not tried
+
+
+def test_rates_are_compared_on_images_of_every_class(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where val is large: a folder's images are in order of their classes."""
+    monkeypatch.setattr(starting, "TRIAL_IMAGES", 3)
+    real, seen = Inputs.evaluator, list[list[int]]()
+
+    def spy(self: Inputs, part: str, some: Any = None) -> Any:
+        if some is not None:
+            seen.append(self.source.labels[some].tolist())
+        return real(self, part, some)
+
+    monkeypatch.setattr(Inputs, "evaluator", spy)
+    train(tmp_path / "run", steps=2, rates=(1e-4, 1e-3))
+    assert seen == [[0, 1, 2]] * 2
 
 
 def test_trials_are_real_and_leave_the_model_as_it_is(train: Any, tmp_path: Path):
@@ -240,6 +387,29 @@ def test_time_too_short_for_a_step(
     assert "60s leaves no time to train in" in said
     assert "too little time to try learning rates: 0.0001 it is" in said
     assert train(tmp_path / "run", **settings).result is None
+
+
+@pytest.mark.parametrize("objective", ["classification", "mae"])
+def test_the_time_of_an_evaluation_counts_the_images_it_looks_at(
+    finished: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, objective: Any
+):
+    """Those of val, and without labels those of the probes besides."""
+    spec = dataclasses.replace(
+        base_spec(str(photos), None, str(finished), objective), init=str(finished), steps=1
+    )
+    source = open_images(str(photos)) if spec.self_supervised else open_source(str(photos))
+    division = runs.open_division(None, source, spec)
+    spec = runs.resolve(spec, division)
+    model = runs.build_model(spec, source)
+    inputs = Inputs(
+        source=source, division=division, spec=spec, model=model, device=torch.device("cpu")
+    )
+    clock = iter(range(10))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    trainer = starting._trial(inputs, 10)
+    val = len(division["val"])
+    looked = val if objective == "classification" else 2 * val + len(division["train"])
+    assert starting._evaluation_time(inputs, trainer, "val") == pytest.approx(looked / val)
 
 
 def test_evaluations_take_no_more_than_their_share_of_the_time(

@@ -111,9 +111,9 @@ def test_only_the_final_runs_measure_the_test_part(
     seen: list[tuple[float, str, int]] = []
     measure = Inputs.evaluator
 
-    def spy(self: Inputs, part: str, limit: int | None = None):
+    def spy(self: Inputs, part: str, some: Any = None):
         seen.append((self.spec.optim.lr, part, len(self.division[part])))
-        return measure(self, part, limit)
+        return measure(self, part, some)
 
     monkeypatch.setattr(Inputs, "evaluator", spy)
     found = sweep(changed(asked, rates=[0.01, 0.03], steps=1), out=tmp_path / "run")

@@ -11,8 +11,8 @@ import numpy as np
 
 from patchword.data.seeding import derived_seed
 from patchword.data.sources import Source
+from patchword.input_specs import DataSpec
 from patchword.parsing import PatchwordError
-from patchword.specs import DataSpec
 
 Division = dict[str, np.ndarray]
 """train, val and test -> int64 positions in the source, rising; a part may be empty."""

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from patchword.architecture import PreprocessSpec
 from patchword.data.images import MODES, BadImage, decode
 from patchword.data.randaugment import randaugment
+from patchword.input_specs import AugmentSpec
 from patchword.parsing import PatchwordError
-from patchword.specs import AugmentSpec
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,

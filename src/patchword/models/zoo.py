@@ -262,3 +262,15 @@ def model_cost(spec: ModelSpec) -> tuple[int, int]:
     with torch.device("meta"):
         model = build_model(spec)
     return sum(p.numel() for p in model.parameters()), macs(spec)
+
+
+def enlarged(spec: ModelSpec, times: float) -> tuple[int, int]:
+    """The image size (height, width) nearest to `times` that of `spec` which the patches divide, of
+    a ResNet its stride of 32; a Mixer's is its own."""
+    if isinstance(spec, MixerSpec):
+        return spec.image_size
+    height, width = spec.patch_size if isinstance(spec, ViTSpec) else (32, 32)
+    return (
+        max(1, round(times * spec.image_size[0] / height)) * height,
+        max(1, round(times * spec.image_size[1] / width)) * width,
+    )

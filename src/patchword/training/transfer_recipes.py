@@ -21,6 +21,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
         "images": None,
         "settings": {
             "probe": True,
+            "enlarge": 1.29,  # 224 px to 288
             "epochs": 20.0,
             "batch_size": 32,
             "preprocess": SHAPE_KEPT,

@@ -113,10 +113,10 @@ class Inputs:
                     "skipped an unreadable image: %s: %s", self.source.location(index), reason
                 )
 
-    def evaluator(self, part: str, limit: int | None = None) -> Classify:
-        """Measures a model on a part of the data, or on its first `limit` images."""
+    def evaluator(self, part: str, some: np.ndarray | None = None) -> Classify:
+        """Measures a model on a part of the data, or on `some` of its images."""
         return Classify(
-            self.passes(part, self.division[part][:limit]),
+            self.passes(part, self.division[part] if some is None else some),
             self.source.classes,
             self.to_input,
             loss=self.spec.optim.loss,

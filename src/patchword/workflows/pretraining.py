@@ -30,13 +30,15 @@ PICTURES = 8
 """Images that are shown with their predictions."""
 
 
-def progress_evaluator(inputs: Inputs, objective: Objective, limit: int | None = None) -> Evaluator:
-    """What measures a run on its val part, on its first `limit` images alone, and then without
-    probes: they cost more than they say."""
+def progress_evaluator(
+    inputs: Inputs, objective: Objective, some: np.ndarray | None = None
+) -> Evaluator:
+    """What measures a run on its val part, or on `some` of it, and then without probes: they cost
+    more than they say."""
     if not inputs.spec.self_supervised:
-        return inputs.evaluator("val", limit)
-    indices, labelled = inputs.division["val"][:limit], None
-    if limit is None and probed_images(inputs):
+        return inputs.evaluator("val", some)
+    indices, labelled = inputs.division["val"] if some is None else some, None
+    if some is None and probed_images(inputs):
         support, queries = (_probed(inputs, part) for part in ("train", "val"))
         labelled = Labelled(
             inputs.passes("train", support),
@@ -61,8 +63,10 @@ def criterion(inputs: Inputs) -> Criterion:
 
 
 def probed_images(inputs: Inputs) -> int:
-    """How many images the probes of an evaluation look at; 0 where they have nothing to tell
-    apart, or are not wanted."""
+    """How many images the probes of an evaluation look at; 0 where the labels are learned, where
+    they have nothing to tell apart, and where they are not wanted."""
+    if not inputs.spec.self_supervised:
+        return 0
     parts = [_probed(inputs, part) for part in ("train", "val")]
     labels = [inputs.source.labels[at] for at in parts]
     if any(len(np.unique(found)) < 2 for found in labels):

@@ -21,9 +21,10 @@ from patchword.evaluation.fewshot import SHOTS, FewShot, few_shot_accuracies
 from patchword.evaluation.linear import accuracy
 from patchword.evaluation.probe import Probe, knn, sweep_logistic
 from patchword.features import Features, extract
+from patchword.input_specs import DataSpec
 from patchword.models.model import Model
 from patchword.parsing import PatchwordError, UsageError, nearest
-from patchword.specs import DataSpec, Device, Precision
+from patchword.specs import Device, Precision
 from patchword.training.parallel import resolve_device, resolve_precision
 from patchword.workflows.inputs import eval_batch_size
 from patchword.workflows.measuring import eval_workers, known_parts, load_net, run_of

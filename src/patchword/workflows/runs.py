@@ -24,6 +24,7 @@ import patchword
 from patchword.architecture import ModelSpec, PreprocessSpec
 from patchword.data.sources import Source
 from patchword.data.splits import Division, divide, drawn, load_division, save_division
+from patchword.input_specs import PreprocessOptions
 from patchword.models.model import Model
 from patchword.models.zoo import (
     create_model,
@@ -33,7 +34,7 @@ from patchword.models.zoo import (
     variant_name,
 )
 from patchword.parsing import PatchwordError, UsageError, differences, nearest, parse, to_dict
-from patchword.specs import ModelOptions, PreprocessOptions, TrainSpec
+from patchword.specs import ModelOptions, TrainSpec
 from patchword.training.checkpoint import replace_text
 from patchword.training.objectives import RATES, check_objective
 from patchword.training.optim import span
@@ -127,6 +128,7 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
             device=stored.device if asked.device == "auto" else asked.device,
             precision=stored.precision if asked.precision == "auto" else asked.precision,
             workers=stored.workers if asked.workers is None else asked.workers,
+            image_size=stored.image_size if may_enlarge(asked) else asked.image_size,
         ),
         division,
         _stored_start(run) if asked.init == stored.init else None,
@@ -189,6 +191,11 @@ def resolve(spec: TrainSpec, division: Division, start: Start | None = None) -> 
                 f"--init {spec.init} holds {model}, not {spec.model}; leave out --model, or use "
                 "another --recipe"
             )
+    elif spec.enlarge != 1:
+        raise UsageError(
+            "--enlarge compares resolutions by the features of weights; give some with --init, or "
+            "use another --recipe"
+        )
     elif spec.tuning.tune != "all":
         raise UsageError(
             f"--tune {spec.tuning.tune} keeps most weights as they are; give some with --init"
@@ -221,6 +228,11 @@ def resolve(spec: TrainSpec, division: Division, start: Start | None = None) -> 
     elif steps is None:
         raise UsageError("no length given; use --epochs, --steps, --images or --time")
     return with_steps(spec, steps)
+
+
+def may_enlarge(asked: TrainSpec) -> bool:
+    """Whether a run chooses its resolution when it starts."""
+    return asked.enlarge > 1 and asked.image_size is None
 
 
 def fitting_options(spec: TrainSpec, model: str, family: type[ModelSpec]) -> ModelOptions:

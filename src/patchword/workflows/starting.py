@@ -1,4 +1,5 @@
-"""What a run finds out before it starts: a head, a batch that fits, a learning rate, its length.
+"""What a run finds out before it starts: resolution, a head, a batch that fits, a learning rate,
+its length.
 
 All of it is stored in the run's `config.json`, or is a pure function of what is; a resumed run
 measures nothing.
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from patchword.data.splits import drawn
 from patchword.evaluation.probe import Probe, fit_logistic, sweep_logistic
 from patchword.features import Features, extract
 from patchword.models.summary import layer_table
 from patchword.models.vit import ViT
+from patchword.models.zoo import enlarged
 from patchword.parsing import PatchwordError
 from patchword.specs import TrainSpec, seconds
 from patchword.training.optim import learning_rate
@@ -31,6 +34,10 @@ from patchword.workflows import runs
 from patchword.workflows.inputs import Inputs, eval_batch_size
 from patchword.workflows.pretraining import probed_images, progress_evaluator
 
+SIZE_IMAGES = 2000
+"""of train and of val each, at most, by whose features resolutions are compared"""
+ENLARGED_EPOCHS = 5
+"""that a run limited in time must reach at a higher resolution"""
 TRIAL_SHARE = 0.04
 """of the run's time or steps, for each learning rate tried"""
 TRIAL_IMAGES = 512
@@ -82,6 +89,63 @@ def memory_explained(spec: TrainSpec) -> Iterator[None]:
 
 def _is_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
+
+
+# The resolution ----------------------------------------------------------------------------------
+
+
+def at_fitting_size(inputs: Inputs, started: float, console: Console) -> Inputs:
+    """The inputs with their model at `enlarge` times the resolution, if a logistic regression on
+    frozen features is better there on the val part; else as they are.
+
+    Stays at the resolution where the model has no other or no head for this, where there is no val
+    part, and where the time is too short for `ENLARGED_EPOCHS`.
+    """
+    spec = inputs.spec
+    size = enlarged(inputs.model.spec, spec.enlarge)
+    if size == spec.size or not len(inputs.division["val"]):
+        return inputs
+    larger = dataclasses.replace(spec, image_size=size)
+    model = runs.build_model(larger, inputs.source)
+    other = dataclasses.replace(inputs, spec=larger, model=model)
+    here, there = _by(spec.size), _by(size)
+    if spec.time is not None:
+        epochs = _epochs_in_time(other, started, console)
+        if epochs < ENLARGED_EPOCHS:
+            said = f"resolution {here}: {spec.time} is {epochs:.1f} epochs at {there}"
+            console.print(said, highlight=False)
+            return inputs
+    sampled = {
+        part: drawn(inputs.source.labels, at, SIZE_IMAGES, spec.seed)
+        for part, at in inputs.division.items()
+    }
+    found: list[float] = []
+    for tried in (inputs, other):
+        probe = probe_head(dataclasses.replace(tried, division=sampled), console)
+        if probe is None:
+            return inputs
+        found.append(probe.accuracy)
+    better = found[1] > found[0]
+    console.print(
+        f"resolution {there if better else here}: a head on frozen features has top-1 on val "
+        f"{found[0]:.2%} at {here}, {found[1]:.2%} at {there}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return other if better else inputs
+
+
+def _by(size: tuple[int, int]) -> str:
+    return "{}x{}".format(*size)
+
+
+def _epochs_in_time(inputs: Inputs, started: float, console: Console) -> float:
+    """About as many epochs as the run will have, by the time of a step."""
+    inputs.spec = spec = _fitting_batch(inputs, console)
+    with memory_explained(spec), console.status("measuring the time of a step"):
+        pace = _pace(_trial(inputs, 1000), inputs, _limit(spec) / 3)
+    left = 0.75 * (seconds(spec.time or "") - (time.monotonic() - started))
+    return left / pace * spec.batch_size / len(inputs.division["train"])
 
 
 # A head to start from -----------------------------------------------------------------------------
@@ -217,7 +281,8 @@ def _trial_loss(inputs: Inputs, rate: float, count: int) -> float:
             if not math.isfinite(loss):
                 return math.inf
             trainer.progress.step = trainer.progress.position = position + 1
-    measure = progress_evaluator(inputs, trainer.objective, TRIAL_IMAGES)
+    some = drawn(inputs.source.labels, inputs.division["val"], TRIAL_IMAGES, trainer.spec.seed)
+    measure = progress_evaluator(inputs, trainer.objective, some)
     return float(measure(trainer.network.eval())["loss"])
 
 
@@ -276,16 +341,16 @@ def _evaluation_time(inputs: Inputs, trainer: Trainer, part: str) -> float:
     """Seconds that the evaluation of a part takes, by a sample of it; without labels there is none
     of test."""
     size = len(inputs.division[part])
-    sample = min(size, 4 * eval_batch_size(inputs.model))
-    if not sample or (part == "test" and inputs.spec.self_supervised):
+    some = inputs.division[part][: 4 * eval_batch_size(inputs.model)]
+    if not size or (part == "test" and inputs.spec.self_supervised):
         return 0.0
     began = time.monotonic()
     if part == "val":
-        progress_evaluator(inputs, trainer.objective, sample)(trainer.network.eval())
+        progress_evaluator(inputs, trainer.objective, some)(trainer.network.eval())
         size += probed_images(inputs)
     else:
-        inputs.evaluator(part, sample)(trainer.network.eval())
-    return (time.monotonic() - began) * size / sample
+        inputs.evaluator(part, some)(trainer.network.eval())
+    return (time.monotonic() - began) * size / len(some)
 
 
 def _pace(trainer: Trainer, inputs: Inputs, limit: float, steps: int = 4) -> float:

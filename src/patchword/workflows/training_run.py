@@ -40,7 +40,7 @@ from patchword.workflows.saying import (
     say_objective,
     say_probe,
 )
-from patchword.workflows.starting import memory_explained, probe_head, settle
+from patchword.workflows.starting import at_fitting_size, memory_explained, probe_head, settle
 
 logger = logging.getLogger("patchword")
 
@@ -96,6 +96,7 @@ def train(
     with runs.locked(run):
         stored = None if overwrite else runs.stored_spec(run)
         division = runs.open_division(run if stored else None, source, spec)
+        choose_size = stored is None and runs.may_enlarge(spec)
         if stored is None:
             spec = runs.resolve(spec, division)
             runs.check_init_outlives(run, spec)
@@ -107,7 +108,16 @@ def train(
                 console.print(text, highlight=False, soft_wrap=True)
                 return TrainResult(run, summary.get("split") or "", None, summary)
             runs.note_changes(run, source)
-        return _train(spec, source, division, run, console, started, fresh=stored is None)
+        return _train(
+            spec,
+            source,
+            division,
+            run,
+            console,
+            started,
+            fresh=stored is None,
+            choose_size=choose_size,
+        )
 
 
 def _train(
@@ -119,6 +129,7 @@ def _train(
     started: float,
     *,
     fresh: bool,
+    choose_size: bool,
 ) -> TrainResult:
     if spec.deterministic:
         make_deterministic()
@@ -134,6 +145,9 @@ def _train(
     say_data(console, source, division, spec)
     if spec.self_supervised:
         say_objective(console, spec, pretraining.probed_images(inputs))
+    if choose_size:
+        inputs = at_fitting_size(inputs, started, console)
+        spec, model = inputs.spec, inputs.model
     inputs.fill_cache(console)
     probe = None
     if spec.probe and newest is None:
