@@ -95,6 +95,29 @@ def test_training_never_returns_less_than_the_head(train: Any, tmp_path: Path):
     )
 
 
+def test_the_head_can_be_used_before_training(
+    train: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of a run that was stopped while it found out its settings, and is started again."""
+    run = tmp_path / "run"
+
+    def die(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("patchword.workflows.training_run.settle", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(run, steps=2, enlarge=1.0)
+    assert not (run / "config.json").exists()
+    early = patchword.evaluate(run / "head.safetensors", photos).classification
+    head = train(tmp_path / "head", recipe="head").summary
+    whole = patchword.evaluate(tmp_path / "head", photos, split="all").classification
+    assert early.top1 == whole.top1
+    assert head["steps"] == 0
+    train(run, steps=2, enlarge=1.0)
+    assert not (run / "head.safetensors").exists()
+
+
 # The resolution ----------------------------------------------------------------------------------
 
 

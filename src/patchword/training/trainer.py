@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +61,20 @@ def set_head(layer: nn.Linear, head: Head) -> None:
     """Copy a head's values into a layer."""
     layer.weight.copy_(head[0])
     layer.bias.copy_(head[1])
+
+
+@contextmanager
+def wearing(models: Sequence[Model], head: Head | None) -> Iterator[None]:
+    """Models with another head, if one is given, for a while."""
+    layers = [model.head for model in models if head and model.head is not None]
+    kept = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
+    try:
+        for layer in layers:
+            set_head(layer, cast(Head, head))
+        yield
+    finally:
+        for layer, own in zip(layers, kept, strict=True):
+            set_head(layer, own)
 
 
 FILES = {
@@ -147,19 +161,9 @@ class Trainer:
         average = {"average": self.average.network} if self.average else {}
         return {"raw": self.network} | average
 
-    @contextmanager
-    def wearing(self, head: Head | None) -> Iterator[None]:
+    def wearing(self, head: Head | None) -> AbstractContextManager[None]:
         """The model and its average with another head, if one is given, for a while."""
-        models = [body(network) for network in self.networks.values()]
-        layers = [model.head for model in models if head and model.head is not None]
-        kept = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
-        try:
-            for layer in layers:
-                set_head(layer, cast(Head, head))
-            yield
-        finally:
-            for layer, own in zip(layers, kept, strict=True):
-                set_head(layer, own)
+        return wearing([body(network) for network in self.networks.values()], head)
 
     def write(self, folder: Path) -> None:
         """Put the whole state into a checkpoint folder. Raises `OSError`."""

@@ -47,6 +47,8 @@ logger = logging.getLogger("patchword")
 CONFIG, SUMMARY, SPLITS = "config.json", "summary.json", "splits.json"
 INIT = "init.json"
 """what the weights are that the run starts from: they themselves are needed only at the start"""
+HEAD = "head.safetensors"
+"""the model with a head on its frozen features, to use while the run goes on"""
 SWEEP = "sweep.json"
 """in the folder of a sweep or of repeated runs"""
 
@@ -84,11 +86,12 @@ def is_run(run: Path) -> bool:
     return (run / CONFIG).exists() and (run / SPLITS).exists()
 
 
-def clear(run: Path) -> None:
-    """Empty a run directory but for hidden entries; what makes it one goes last."""
+def clear(run: Path, spared: str | None = None) -> None:
+    """Empty a run directory but for hidden entries and the one that is `spared`; what makes it one
+    goes last."""
     last = [CONFIG, SPLITS]
     for entry in sorted(run.iterdir(), key=lambda entry: entry.name in last):
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name == spared:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -98,7 +101,7 @@ def clear(run: Path) -> None:
 
 def _strangers(run: Path) -> list[str]:
     """What a folder holds that is not left by a run which was stopped before it started."""
-    ours = {"environment.json", "classes.json", INIT, SPLITS, f"{SPLITS}.tmp"}
+    ours = {"environment.json", "classes.json", HEAD, INIT, SPLITS, f"{SPLITS}.tmp"}
     names = {entry.name for entry in run.iterdir()} if run.exists() else set()
     return sorted(name for name in names - ours if not name.startswith("."))
 

@@ -316,7 +316,7 @@ def _in_time(
     trainer = _trial(inputs, 1000)
     val = _evaluation_time(inputs, trainer, "val") * (2 if spec.optim.average else 1)
     test = _evaluation_time(inputs, trainer, "test")
-    left = 0.95 * (budget - (time.monotonic() - started)) - test
+    left = 0.95 * (budget - (time.monotonic() - started)) - test - (val if ready else 0.0)
     if spec.eval_every is None:
         rounds = max(1, min(10, int(EVALUATION_SHARE * left / val))) if val else 10
         steps = int((left - rounds * val) / pace)

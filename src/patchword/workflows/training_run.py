@@ -27,9 +27,10 @@ from patchword.training.parallel import (
     resolve_precision,
 )
 from patchword.training.recipes import base_spec
-from patchword.training.trainer import Head, Trainer, set_head
+from patchword.training.trainer import Head, Trainer, set_head, wearing
 from patchword.weights.files import SINGLE
 from patchword.weights.loading import load_model
+from patchword.weights.saving import save_model
 from patchword.workflows import pretraining, runs
 from patchword.workflows.finishing import finish, read_summary
 from patchword.workflows.inputs import Inputs
@@ -149,19 +150,25 @@ def _train(
         inputs = at_fitting_size(inputs, started, console)
         spec, model = inputs.spec, inputs.model
     inputs.fill_cache(console)
-    probe = None
+    ready = None
     if spec.probe and newest is None:
         probe = probe_head(inputs, console)
         if probe is not None:
             say_probe(console, probe, division, time.monotonic() - started)
+            ready = (probe.weight, probe.bias)
+            if fresh:
+                with wearing([model], ready):
+                    save_model(model, run / runs.HEAD, overwrite=True)
+                text = f"usable from now on: patchword predict {run / runs.HEAD} IMAGES"
+                console.print(text, highlight=False, soft_wrap=True)
     if fresh:
-        spec = settle(spec, inputs, started, console, ready=probe is not None)
-        runs.clear(run)  # only now: a run that cannot start overwrites nothing
+        spec = settle(spec, inputs, started, console, ready=ready is not None)
+        # only now: a run that cannot start overwrites nothing
+        runs.clear(run, runs.HEAD if ready else None)
         runs.store(run, spec, source, division)
         say_better(console, spec, source, len(division["train"]))
     say_cost(console, spec, model, len(division["train"]))
     dtype = resolve_precision(spec.precision, device)
-    ready = None if probe is None else (probe.weight, probe.bias)
     if ready is not None and spec.steps == 0 and model.head is not None:  # that is all of the run
         set_head(model.head, ready)
     trainer = Trainer(model, spec, device, dtype, inputs.class_weights())
@@ -171,6 +178,7 @@ def _train(
     training = _loop(run, trainer, inputs, checkpoints, console, ready)
     with memory_explained(spec):
         training.fit()
+    (run / runs.HEAD).unlink(missing_ok=True)  # best/ is in its place
     result, summary = finish(run, trainer, inputs, console)
     return TrainResult(run, summary["split"] or "", result, summary)
 
