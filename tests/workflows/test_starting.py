@@ -314,7 +314,7 @@ def test_a_config_brings_the_rate_that_was_chosen(train: Any, tmp_path: Path, co
     code, _, err = command(*words, "--out", tmp_path / "second")
     assert code == 0, err
     first, second = config(tmp_path / "first").optim, config(tmp_path / "second").optim
-    assert len(first.rates) == 3
+    assert len(first.rates) == 2
     assert (second.lr, second.rates) == (first.lr, ())
 
 
