@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,16 @@ import pytest
 import torch
 
 import patchword
-from patchword import PatchwordError, UsageError, load_model
+from patchword import PatchwordError, UsageError, cli, load_model
 from patchword.parsing import parse
 from patchword.specs import TrainSpec
+from patchword.training.criterion import TOP1
 from patchword.training.log import read_lines
 from patchword.training.loop import Run
 from patchword.training.recipes import recipe_spec
 from patchword.training.trainer import Trainer
 from patchword.weights.loading import read_weights
+from patchword.workflows.inputs import Inputs
 
 Command = Callable[..., tuple[int, str, str]]
 MakePhotos = Callable[..., Path]
@@ -89,10 +92,56 @@ def test_evaluations_choose_the_best(finished: Path):
     lines = read_lines(finished / "evaluations.jsonl")
     assert {line["split"] for line in lines} == {"val"}  # never on test
     assert {line["weights"] for line in lines} == {"raw", "average"}
-    best = max(reversed(lines), key=lambda line: line["top1"])  # of equals the later, the average
     summary = json.loads((finished / "summary.json").read_text())
-    assert (summary["best_step"], summary["best_weights"]) == (best["step"], best["weights"])
-    assert summary["best_val_top1"] == best["top1"]
+    (kept,) = (
+        line
+        for line in lines
+        if (line["step"], line["weights"]) == (summary["best_step"], summary["best_weights"])
+    )
+    top = max(line["top1"] for line in lines)
+    bar = TOP1.bar(top, kept)
+    assert bar <= kept["top1"] == summary["best_val_top1"]
+    assert all(line["top1"] < bar for line in lines if line["step"] > kept["step"])
+
+
+@pytest.mark.parametrize(
+    ("n", "figures", "kept"),
+    [
+        (272, [(0.978, 0.967), (0.971, 0.974), (0.971, 0.971)], (3, "average")),
+        (272, [(0.978, 0.967), (0.971, 0.974), (0.971, 0.965)], (3, "raw")),
+        (272, [(0.978, 0.967), (0.971, 0.974), (0.96, 0.96)], (2, "average")),
+        (100_000, [(0.978, 0.967), (0.971, 0.974), (0.971, 0.971)], (1, "raw")),
+        (100_000, [(0.9, 0.9), (0.9, 0.9), (0.8, 0.9)], (3, "average")),
+        (40, [(1.0, 1.0), (0.98, 0.98), (0.9, 0.9)], (2, "average")),
+        (272, [(0.5, 0.5), (math.nan, math.nan), (0.4, 0.6)], (3, "average")),
+    ],
+)
+def test_the_last_weights_that_are_as_good_as_any_are_kept(
+    photos: Path,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n: int,
+    figures: list[tuple[float, float]],
+    kept: tuple[int, str],
+):
+    """As good is within a standard error; of equal ones the average."""
+    given = iter(figure for pair in figures for figure in pair)
+    real = Inputs.evaluator
+    monkeypatch.setattr(
+        Inputs,
+        "evaluator",
+        lambda self, part, _=None: (
+            (lambda _: {"top1": next(given), "loss": 1.0, "n": n})
+            if part == "val"
+            else real(self, part)
+        ),
+    )
+    monkeypatch.setattr("patchword.workflows.finishing.report_run", lambda *_: None)
+    words = [*flags, "--steps", "3", "--eval-every", "1", "--average", "0.9"]
+    assert cli.main(["train", str(photos), *words, "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_weights"]) == kept
 
 
 def test_report_and_card(finished: Path):

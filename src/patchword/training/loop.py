@@ -220,27 +220,33 @@ class Run:
             self.stop_if_asked(saved)
 
     def keep_best(self, val: dict[str, dict[str, Any]]) -> None:
-        """Write the better of the weights just measured as `best`, if none were better before.
+        """Write weights just measured as `best`, the average first, if they are as good as any were
+        before, and no worse than the head that the run began with.
 
-        Of equals the later ones: on a small val part ties are common, and weights from the end of
-        the schedule are the better bet.
+        As good is what lies within a standard error of the best: such a difference says nothing,
+        the best of many noisy figures is lucky, and weights from the end of the schedule are the
+        better bet.
         """
         trainer, progress, by = self.trainer, self.trainer.progress, self.criterion
-        weights, *others = reversed(val)  # of equals, the average
-        for other in others:
-            if not by.holds(by.value(val[weights]), by.value(val[other])):
-                weights = other
-        value = by.value(val[weights])
-        if progress.best is None or by.holds(value, progress.best):
+        values = {weights: by.value(val[weights]) for weights in reversed(val)}
+        seen = [value for value in (*values.values(), progress.top) if value is not None]
+        progress.top = by.top(seen)
+        if progress.step == 0:
+            progress.ready = progress.top
+        for weights, value in values.items():
+            bars = (by.bar(progress.top, val[weights]), progress.ready)
+            if not all(bar is None or by.holds(value, bar) for bar in bars):
+                continue
             write = partial(trainer.write_weights, weights=weights, names=FILES["raw"])
-            if self.guard(lambda: self.checkpoints.save_best(progress.position, write)):
+            if self.guard(lambda write=write: self.checkpoints.save_best(progress.position, write)):
                 progress.best, progress.best_weights = value, weights
                 progress.best_step, progress.best_position = progress.step, progress.position
+            break
         if progress.best is not None:
             logger.info(
-                "step %d: %s on val %s; best %s (step %d, %s weights)",
-                *(progress.step, by.name, by.shown(value), by.shown(progress.best)),
-                *(progress.best_step, progress.best_weights),
+                "step %d: %s on val %s; kept %s (step %d, %s weights)",
+                *(progress.step, by.name, by.shown(by.top(values.values()))),
+                *(by.shown(progress.best), progress.best_step, progress.best_weights),
             )
 
     def check_best(self) -> None:
@@ -258,6 +264,7 @@ class Run:
             )
             self.checkpoints.forget_best()
             progress.best, progress.best_step = None, 0
+            progress.top = progress.ready = None
 
     def save(self) -> int:
         """Write a checkpoint; returns the step of the newest one."""

@@ -38,11 +38,15 @@ class Progress:
     loss_count: int = 0
     """of the steps since the last log line"""
     best: float | None = None
-    """what the best weights reached on val by the run's criterion; of equals, the later ones"""
+    """what the weights kept as the best reached on val by the run's criterion"""
     best_step: int = 0
     best_position: int = 0
     """names the folder of the best weights: unlike steps, positions never come twice"""
     best_weights: str = "raw"
+    top: float | None = None
+    """the best that any weights reached"""
+    ready: float | None = None
+    """what the head that the run began with reached"""
     evaluated: int = -1
     """step of the last evaluation that was not cut short"""
     seconds: float = 0.0

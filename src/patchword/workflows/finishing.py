@@ -55,7 +55,7 @@ def _trained(trainer: Trainer) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmacs": macs(model.spec) / 1e9,
         "exaflops": training_exaflops(spec, model.spec, images),
-        "best_step": progress.best_step or progress.step,
+        "best_step": progress.step if progress.best is None else progress.best_step,
         "best_weights": best if progress.best is None else progress.best_weights,
         "rollbacks": progress.rollbacks,
     }
