@@ -292,6 +292,11 @@ class TrainSpec:
         return self.objective != "classification"
 
     @property
+    def may_enlarge(self) -> bool:
+        """Whether the run chooses its resolution when it starts."""
+        return self.enlarge > 1 and self.image_size is None
+
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         size = self.image_size or (224,)

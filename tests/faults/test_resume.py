@@ -9,6 +9,7 @@ import pytest
 import patchword
 from patchword.parsing import Interrupted, PatchwordError, UsageError
 from patchword.training.checkpoint import Checkpoints
+from patchword.training.criterion import TOP1
 from patchword.training.loop import Run
 from patchword.weights.files import find_weights
 from patchword.weights.native import load_tensors
@@ -218,6 +219,9 @@ def test_best_holds_the_weights_that_were_measured(tmp_path, train):
     summary = json.loads((run / "summary.json").read_text())
     said = (summary["best_step"], summary["best_weights"])
     (best,) = (line for line in lines if (line["step"], line["weights"]) == said)
+    bar = TOP1.bar(max(line["top1"] for line in lines), best)
+    assert best["top1"] == summary["best_val_top1"] >= bar
+    assert all(line["top1"] < bar for line in lines if line["step"] > best["step"])
     measured = patchword.evaluate(run, "digits", split="val").classification
     assert measured.top1 == best["top1"]
     assert measured.loss == pytest.approx(best["loss"], abs=1e-6)

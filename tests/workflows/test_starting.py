@@ -89,7 +89,9 @@ def test_training_never_returns_less_than_the_head(train: Any, tmp_path: Path):
     result = train(tmp_path / "run", steps=3, optimizer="sgd", lr=3.0)
     lines = read_lines(tmp_path / "run" / "evaluations.jsonl")
     assert lines[0]["step"] == 0
-    assert result.summary["best_val_top1"] >= lines[0]["top1"]
+    step, value = (result.summary[name] for name in ("best_step", "best_val_top1"))
+    assert value >= lines[0]["top1"]
+    assert value in {line["top1"] for line in lines if line["step"] == step}
     assert result.summary["best_step"] == max(
         line["step"] for line in lines if line["top1"] >= lines[0]["top1"]
     )

@@ -131,7 +131,7 @@ def resume_spec(asked: TrainSpec, stored: TrainSpec, division: Division, run: Pa
             device=stored.device if asked.device == "auto" else asked.device,
             precision=stored.precision if asked.precision == "auto" else asked.precision,
             workers=stored.workers if asked.workers is None else asked.workers,
-            image_size=stored.image_size if may_enlarge(asked) else asked.image_size,
+            image_size=stored.image_size if asked.may_enlarge else asked.image_size,
         ),
         division,
         _stored_start(run) if asked.init == stored.init else None,
@@ -231,11 +231,6 @@ def resolve(spec: TrainSpec, division: Division, start: Start | None = None) -> 
     elif steps is None:
         raise UsageError("no length given; use --epochs, --steps, --images or --time")
     return with_steps(spec, steps)
-
-
-def may_enlarge(asked: TrainSpec) -> bool:
-    """Whether a run chooses its resolution when it starts."""
-    return asked.enlarge > 1 and asked.image_size is None
 
 
 def fitting_options(spec: TrainSpec, model: str, family: type[ModelSpec]) -> ModelOptions:

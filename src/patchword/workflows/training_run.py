@@ -97,7 +97,7 @@ def train(
     with runs.locked(run):
         stored = None if overwrite else runs.stored_spec(run)
         division = runs.open_division(run if stored else None, source, spec)
-        choose_size = stored is None and runs.may_enlarge(spec)
+        choose_size = stored is None and spec.may_enlarge
         if stored is None:
             spec = runs.resolve(spec, division)
             runs.check_init_outlives(run, spec)
