@@ -26,8 +26,8 @@ import timing
 from patchword.data.sources import Source, image_files, open_source
 from patchword.evaluation.fewshot import BIAS, L2, fit_least_squares
 from patchword.evaluation.linear import EPSILON
-from patchword.features import extract
 from patchword.models.vit import ViT
+from patchword.session.features import extract
 
 BASELINE = "timm"
 

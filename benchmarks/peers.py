@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
-from patchword.parsing import PatchwordError, nearest, to_dict
+from patchword.spec.parse import PatchwordError, nearest, to_dict
 from patchword.weights import huggingface, timm, torchvision
 from timing import Options
 

@@ -19,11 +19,11 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from patchword.data.sources import open_source
-from patchword.parsing import changed
+from patchword.run import folder as runs
+from patchword.run.inputs import Inputs
+from patchword.spec.parse import changed
 from patchword.training.recipes import base_spec
 from patchword.training.trainer import Trainer
-from patchword.workflows import runs
-from patchword.workflows.inputs import Inputs
 from timing import record
 
 PRECISIONS = ("float32", "bfloat16")

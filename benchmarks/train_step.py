@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import peers
 import timing
 from patchword.models.vit import ViT
-from patchword.specs import OptimSpec, TrainSpec
-from patchword.training.parallel import resolve_precision
+from patchword.session.device import resolve_precision
+from patchword.spec.train import OptimSpec, TrainSpec
 from patchword.training.trainer import Trainer
 
 BASELINE = "timm float32"

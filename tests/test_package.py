@@ -53,7 +53,7 @@ def test_public_functions_load_no_extra(name: str):
 def test_help_is_built_without_torch(arguments: list[str]):
     loaded = loaded_by(
         f"import sys; sys.argv = ['patchword', *{arguments}]\n"
-        "from patchword.cli import main\n"
+        "from patchword.cli.main import main\n"
         "try:\n"
         "    code = main()\n"
         "except SystemExit as stop:\n"
@@ -74,7 +74,7 @@ def test_public_names_are_few_and_resolve():
 
 def test_no_public_name_is_also_a_module():
     modules = {module.name for module in pkgutil.iter_modules(patchword.__path__)}
-    assert {"specs", "models", "training", "cli"} <= modules
+    assert {"spec", "models", "training", "cli"} <= modules
     assert modules.isdisjoint(patchword.__all__)
 
 

@@ -6,18 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchword.architecture import ViTSpec
     from patchword.evaluation.classify import Classification
     from patchword.models.model import Model
     from patchword.models.position import resample_position_embedding
     from patchword.models.vit import ViT
     from patchword.models.zoo import create_model, list_models
-    from patchword.parsing import PatchwordError, UsageError
-    from patchword.specs import TrainSpec
-    from patchword.weights.loading import load_model
-    from patchword.weights.saving import save_model
-    from patchword.workflows.measuring import Evaluation, Prediction, evaluate, predict
-    from patchword.workflows.training_run import TrainResult, train
+    from patchword.run.train import TrainResult, train
+    from patchword.session.measuring import Evaluation, Prediction, evaluate, predict
+    from patchword.spec.model import ViTSpec
+    from patchword.spec.parse import PatchwordError, UsageError
+    from patchword.spec.train import TrainSpec
+    from patchword.weights.load import load_model
+    from patchword.weights.save import save_model
 
 __version__ = "0.1.0"
 
@@ -27,18 +27,18 @@ _HOMES = {
     "resample_position_embedding": "models.position",
     "Model": "models.model",
     "ViT": "models.vit",
-    "ViTSpec": "architecture",
-    "TrainSpec": "specs",
-    "PatchwordError": "parsing",
-    "UsageError": "parsing",
-    "load_model": "weights.loading",
-    "save_model": "weights.saving",
-    "train": "workflows.training_run",
-    "TrainResult": "workflows.training_run",
-    "evaluate": "workflows.measuring",
-    "predict": "workflows.measuring",
-    "Prediction": "workflows.measuring",
-    "Evaluation": "workflows.measuring",
+    "ViTSpec": "spec.model",
+    "TrainSpec": "spec.train",
+    "PatchwordError": "spec.parse",
+    "UsageError": "spec.parse",
+    "load_model": "weights.load",
+    "save_model": "weights.save",
+    "train": "run.train",
+    "TrainResult": "run.train",
+    "evaluate": "session.measuring",
+    "predict": "session.measuring",
+    "Prediction": "session.measuring",
+    "Evaluation": "session.measuring",
     "Classification": "evaluation.classify",
 }
 

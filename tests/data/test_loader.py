@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchword.architecture import PreprocessSpec
 from patchword.data.loader import (
     OnBad,
     Plan,
@@ -25,8 +24,9 @@ from patchword.data.loader import (
 )
 from patchword.data.sources import open_source
 from patchword.data.transforms import EvalTransform, TrainTransform
-from patchword.input_specs import AugmentSpec
-from patchword.parsing import PatchwordError
+from patchword.spec.data import AugmentSpec
+from patchword.spec.model import PreprocessSpec
+from patchword.spec.parse import PatchwordError
 
 SIZE = (8, 8)
 RANDOM = TrainTransform(SIZE, 3, PreprocessSpec(), AugmentSpec(randaugment_layers=1))
@@ -317,8 +317,8 @@ import numpy as np
 from patchword.data.loader import Plan, train_batches
 from patchword.data.sources import open_source
 from patchword.data.transforms import TrainTransform
-from patchword.architecture import PreprocessSpec
-from patchword.input_specs import AugmentSpec
+from patchword.spec.model import PreprocessSpec
+from patchword.spec.data import AugmentSpec
 asked = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))

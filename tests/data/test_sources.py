@@ -10,7 +10,7 @@ import pytest
 from patchword.data import parquet, sources
 from patchword.data.images import BadImage, decode
 from patchword.data.sources import open_source
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 
 def test_digits():

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from patchword.data.sources import open_source
 from patchword.data.splits import divide, drawn, load_division, save_division
-from patchword.input_specs import DataSpec
-from patchword.parsing import PatchwordError
+from patchword.spec.data import DataSpec
+from patchword.spec.parse import PatchwordError
 
 # The fixtures used below hold no state, so one serves all examples.
 law = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

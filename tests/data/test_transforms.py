@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchword.architecture import PreprocessSpec
 from patchword.data.images import decode
 from patchword.data.transforms import (
     BatchAugment,
@@ -18,8 +17,9 @@ from patchword.data.transforms import (
     inception_box,
     to_input,
 )
-from patchword.input_specs import AugmentSpec
-from patchword.parsing import PatchwordError, parse
+from patchword.spec.data import AugmentSpec
+from patchword.spec.model import PreprocessSpec
+from patchword.spec.parse import PatchwordError, parse
 
 
 def generator(seed=0):

@@ -11,7 +11,7 @@ from PIL import Image
 from patchword.data.sources import open_source
 from patchword.data.splits import divide
 from patchword.data.unlabelled import open_images
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 
 def fill(root: Path, *names: str) -> Path:

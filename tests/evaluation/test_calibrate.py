@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from torch.nn import functional
 
-from patchword.architecture import CalibrationSpec
 from patchword.evaluation.calibrate import (
     BOUNDS,
     THRESHOLDS,
     coverage_curve,
     fit_temperature,
 )
-from patchword.parsing import UsageError
+from patchword.spec.model import CalibrationSpec
+from patchword.spec.parse import UsageError
 
 
 def likelihood(logits: torch.Tensor, labels: torch.Tensor, kind: str, temperature: float) -> float:

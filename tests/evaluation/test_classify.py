@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from patchword.evaluation.classify import Classify, match_classes, unique_names
-from patchword.parsing import PatchwordError
-from patchword.types import Batch
+from patchword.spec.batch import Batch
+from patchword.spec.parse import PatchwordError
 
 UNDEFINED: Any = np.nan
 

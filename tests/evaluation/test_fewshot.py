@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from patchword.evaluation.fewshot import few_shot, few_shot_accuracies, fit_least_squares
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 Clusters = Callable[..., tuple[Tensor, Tensor]]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchword.evaluation.linear import accuracy, cross_entropy
 from patchword.evaluation.probe import fit_logistic, knn, sweep_logistic
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 Clusters = Callable[..., tuple[Tensor, Tensor]]
 

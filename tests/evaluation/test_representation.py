@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from patchword.evaluation.representation import Labelled, Representation
-from patchword.parsing import PatchwordError
-from patchword.types import Batch, Forward
+from patchword.spec.batch import Batch, Forward
+from patchword.spec.parse import PatchwordError
 
 
 def passes(images: Tensor, labels: Tensor, size: int = 8) -> Callable[[], Iterator[Batch]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import patchword
-from patchword.parsing import Interrupted
+from patchword.spec.parse import Interrupted
 from patchword.training.loop import Run
 
 SETTINGS = {
@@ -34,8 +34,8 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The report is tested elsewhere, and takes longer than these runs."""
-    monkeypatch.setattr("patchword.workflows.finishing.report_run", lambda *args: None)
-    monkeypatch.setattr("patchword.workflows.pretraining.report", lambda *args: None)
+    monkeypatch.setattr("patchword.run.finish.report_run", lambda *args: None)
+    monkeypatch.setattr("patchword.run.pretraining.report", lambda *args: None)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def words(run, **changes):
     values = SETTINGS | {"out": run} | changes
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items()]
     flags = itertools.chain.from_iterable(pairs)
-    return [sys.executable, "-m", "patchword.cli", "train", "digits", *flags]
+    return [sys.executable, "-m", "patchword.cli.main", "train", "digits", *flags]
 
 
 @pytest.fixture(scope="session")

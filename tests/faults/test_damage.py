@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 import patchword
-from patchword.parsing import Interrupted, PatchwordError
+from patchword.spec.parse import Interrupted, PatchwordError
 from patchword.training.checkpoint import damage
 from patchword.training.loop import Run
-from patchword.weights.loading import load_model
+from patchword.weights.load import load_model
 
 FILES = [
     "model.safetensors",
@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
             self.signals.append(15)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchword.workflows.finishing.report_run", lambda *args: None)
+        patch.setattr("patchword.run.finish.report_run", lambda *args: None)
         patchword.train("digits", out=folder / "whole", **settings)
         patch.setattr(Run, "show", show_and_stop)
         with pytest.raises(Interrupted):

@@ -14,7 +14,7 @@ from patchword.training import checkpoint
 from patchword.training.checkpoint import Checkpoints, damage, write_text
 from patchword.training.log import Lines
 from patchword.training.loop import Run, TrainingError
-from patchword.weights.loading import load_model
+from patchword.weights.load import load_model
 
 
 @pytest.fixture(scope="session")

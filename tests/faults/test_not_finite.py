@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from patchword.run.inputs import Inputs
 from patchword.training.loop import TrainingError
-from patchword.workflows.inputs import Inputs
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_stops_before_the_update(tmp_path, train, state_of, stopped_at, poisoned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_that_is_not_finite_changes_nothing(dtype):
     from patchword.models.zoo import create_model
-    from patchword.parsing import changed
-    from patchword.specs import TrainSpec
+    from patchword.spec.parse import changed
+    from patchword.spec.train import TrainSpec
     from patchword.training.trainer import Trainer
 
     spec = changed(TrainSpec(source="digits"), average=0.9, accumulate=2, warmup=0.0)
@@ -106,7 +106,7 @@ def test_a_run_that_rolled_back_resumes_with_the_same_bits(
 
 def test_best_weights_survive_a_rollback(tmp_path, train, monkeypatch, poisoned):
     """Measured at step 8, which comes again with other weights that are worse, then better."""
-    from patchword.weights.loading import read_weights
+    from patchword.weights.load import read_weights
 
     tops = {"first": 0.5, "again": 0.2, "end": 0.3}
     names = iter(["raw4", "average4", "first", "first", "again", "again", "end", "end"])

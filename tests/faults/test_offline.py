@@ -25,7 +25,7 @@ class Local(socket.socket):
 socket.socket = Local
 socket.getaddrinfo = socket.gethostbyname = socket.create_connection = blocked
 sys.argv = ["patchword", *sys.argv[1:]]
-runpy.run_module("patchword.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("patchword.cli.main", run_name="__main__", alter_sys=True)
 """
 
 

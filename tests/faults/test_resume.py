@@ -7,13 +7,13 @@ import shutil
 import pytest
 
 import patchword
-from patchword.parsing import Interrupted, PatchwordError, UsageError
+from patchword.run.inputs import Inputs
+from patchword.spec.parse import Interrupted, PatchwordError, UsageError
 from patchword.training.checkpoint import Checkpoints
 from patchword.training.criterion import TOP1
 from patchword.training.loop import Run
 from patchword.weights.files import find_weights
 from patchword.weights.native import load_tensors
-from patchword.workflows.inputs import Inputs
 
 KINDS = {
     "adamw-float32": {"optimizer": "adamw"},

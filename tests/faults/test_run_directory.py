@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from patchword.parsing import PatchwordError, UsageError
+from patchword.run import folder as runs
+from patchword.spec.parse import PatchwordError, UsageError
 from patchword.training.checkpoint import Checkpoints
-from patchword.workflows import runs
 
 
 def snapshot(folder):
@@ -180,7 +180,7 @@ def test_weights_are_as_readable_as_other_files(tmp_path, train):
 
 
 def test_a_missing_data_source_leaves_nothing(tmp_path):
-    arguments = [sys.executable, "-m", "patchword.cli", "train", "nowhere", "--out", "run"]
+    arguments = [sys.executable, "-m", "patchword.cli.main", "train", "nowhere", "--out", "run"]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode in (1, 2)
     assert not (tmp_path / "run").exists()

@@ -13,9 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from patchword.architecture import ViTSpec
-from patchword.inspection.drawing import encode
+from patchword.inspection.figures.drawing import encode
 from patchword.models.vit import ViT
+from patchword.spec.model import ViTSpec
 
 
 def _pixels(drawn: bytes | Figure) -> np.ndarray:

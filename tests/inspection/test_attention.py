@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchword.architecture import StemSpec, ViTSpec
 from patchword.inspection import recorder
 from patchword.inspection.attention import (
     attention_distance,
@@ -28,7 +27,8 @@ from patchword.inspection.attention import (
 from patchword.inspection.recorder import attention_layers
 from patchword.models.layers import SelfAttention
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError, UsageError
+from patchword.spec.model import StemSpec, ViTSpec
+from patchword.spec.parse import PatchwordError, UsageError
 
 Make = Callable[..., ViT]
 GRID, PATCH = (3, 5), (4, 2)

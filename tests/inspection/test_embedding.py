@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
-from patchword.architecture import MixerSpec, Position
 from patchword.inspection.embedding import (
     embedding_filters,
     induced_bias,
@@ -26,7 +25,8 @@ from patchword.inspection.recorder import attention_inputs, attention_layers, qu
 from patchword.models.mixer import Mixer
 from patchword.models.position import Relative, sincos_2d
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.model import MixerSpec, Position
+from patchword.spec.parse import PatchwordError
 
 Make = Callable[..., ViT]
 

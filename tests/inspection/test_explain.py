@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from patchword.architecture import MixerSpec, Pool
 from patchword.inspection import explain as explaining
 from patchword.inspection.explain import (
     Explanation,
@@ -30,7 +29,8 @@ from patchword.models.layers import Block
 from patchword.models.mixer import Mixer
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
-from patchword.parsing import PatchwordError
+from patchword.spec.model import MixerSpec, Pool
+from patchword.spec.parse import PatchwordError
 
 Make = Callable[..., ViT]
 

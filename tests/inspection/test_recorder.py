@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from patchword.architecture import MixerSpec, ResNetSpec, StemSpec
 from patchword.inspection import recorder
 from patchword.inspection.attention import (
     attention_distance,
@@ -30,7 +29,8 @@ from patchword.models.layers import SelfAttention
 from patchword.models.mixer import Mixer
 from patchword.models.resnet import ResNet
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.model import MixerSpec, ResNetSpec, StemSpec
+from patchword.spec.parse import PatchwordError
 
 Make = Callable[..., ViT]
 STEM = StemSpec(layers=(1,), width=32)

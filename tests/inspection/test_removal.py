@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchword.architecture import CalibrationSpec, MixerSpec, ResNetSpec, StemSpec
 from patchword.inspection import removal
 from patchword.inspection.removal import (
     choose_window,
@@ -27,8 +26,9 @@ from patchword.models.mixer import Mixer
 from patchword.models.model import Model
 from patchword.models.resnet import ResNet
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
-from patchword.types import Outputs
+from patchword.spec.batch import Outputs
+from patchword.spec.model import CalibrationSpec, MixerSpec, ResNetSpec, StemSpec
+from patchword.spec.parse import PatchwordError
 
 Make = Callable[..., ViT]
 CLASSES = torch.tensor([4, 0, 2])

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from patchword.inspection.tokens import nearest, pooled_map, token_components
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 
 def test_colours_follow_scikit_learn_pca() -> None:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchword.architecture import ModelSpec
 from patchword.models.model import Model
 from patchword.models.zoo import build_model
+from patchword.spec.model import ModelSpec
 
 
 @pytest.fixture

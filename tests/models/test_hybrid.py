@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from patchword.architecture import StemSpec, ViTSpec
 from patchword.models.vit import ViT, macs
 from patchword.models.zoo import (
     HYBRIDS,
@@ -23,7 +22,8 @@ from patchword.models.zoo import (
     spec_to_dict,
     variant_name,
 )
-from patchword.parsing import PatchwordError, UsageError
+from patchword.spec.model import StemSpec, ViTSpec
+from patchword.spec.parse import PatchwordError, UsageError
 
 PARAMETERS = {  # at 224 px and 1000 classes, as timm counts them
     "R+ViT-Ti/16": 6_337_704,

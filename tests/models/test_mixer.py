@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from patchword.architecture import MixerSpec
 from patchword.models.mixer import Mixer, macs
 from patchword.models.zoo import MIXERS, create_model, model_cost, model_spec, resized, variant_name
-from patchword.parsing import PatchwordError, UsageError
+from patchword.spec.model import MixerSpec
+from patchword.spec.parse import PatchwordError, UsageError
 
 Array = NDArray[np.float64]
 

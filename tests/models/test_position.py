@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from patchword import resample_position_embedding
-from patchword.architecture import Position, PositionAt, ViTSpec
 from patchword.models.position import (
     Relative,
     Rotary,
@@ -23,6 +22,7 @@ from patchword.models.position import (
 )
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model, resized
+from patchword.spec.model import Position, PositionAt, ViTSpec
 
 sides = st.integers(1, 9)
 grids = st.tuples(sides, sides)

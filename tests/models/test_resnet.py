@@ -15,10 +15,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patchword.architecture import ResNetSpec, StemSpec
 from patchword.models.resnet import ResNet, ResNetStem, StdConv, macs, standardized, stem_macs
 from patchword.models.zoo import RESNETS, model_cost, model_spec, resized, variant_name
-from patchword.parsing import PatchwordError, UsageError
+from patchword.spec.model import ResNetSpec, StemSpec
+from patchword.spec.parse import PatchwordError, UsageError
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]

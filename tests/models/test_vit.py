@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchword.architecture import ViTSpec
 from patchword.models import vit
 from patchword.models.layers import SelfAttention
 from patchword.models.position import Rotary, SinCos2d
 from patchword.models.vit import ViT, macs
 from patchword.models.zoo import create_model, model_spec
-from patchword.parsing import PatchwordError
+from patchword.spec.model import ViTSpec
+from patchword.spec.parse import PatchwordError
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]

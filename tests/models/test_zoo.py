@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from patchword import UsageError, create_model, list_models
-from patchword.architecture import ViTSpec
 from patchword.models.vit import ViT
 from patchword.models.zoo import SHAPES, enlarged, model_cost, model_spec, variant_name
+from patchword.spec.model import ViTSpec
 
 # Parameters at 224 px, 1000 classes, linear head. Those of Ti/16, S/16, B/16, B/32, L/16 and H/14
 # are the ones that other libraries have too.

@@ -21,9 +21,10 @@ from google_checks import (
     timm_logits,
 )
 
-from patchword.architecture import PreprocessSpec, ViTSpec
-from patchword.parsing import PatchwordError
-from patchword.weights import big_vision, bit_npz, google_npz, mapping
+from patchword.spec.model import PreprocessSpec, ViTSpec
+from patchword.spec.parse import PatchwordError
+from patchword.weights import mapping
+from patchword.weights.google import big_vision, bit_npz, google_npz
 from peers import define_torchvision_operators
 
 KERNEL = (4, 4, 3, 24)

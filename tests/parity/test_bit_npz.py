@@ -20,9 +20,10 @@ from google_checks import (
     timm_logits,
 )
 
-from patchword.architecture import PreprocessSpec, ResNetSpec
-from patchword.parsing import PatchwordError
-from patchword.weights import big_vision, bit_npz, google_npz, mapping
+from patchword.spec.model import PreprocessSpec, ResNetSpec
+from patchword.spec.parse import PatchwordError
+from patchword.weights import mapping
+from patchword.weights.google import big_vision, bit_npz, google_npz
 from peers import define_torchvision_operators
 
 CONV = "standardized_conv2d/kernel"

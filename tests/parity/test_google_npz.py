@@ -21,10 +21,11 @@ from google_checks import (
     timm_logits,
 )
 
-from patchword.architecture import MixerSpec, PreprocessSpec, ResNetSpec, StemSpec, ViTSpec
 from patchword.models.zoo import build_model
-from patchword.parsing import PatchwordError
-from patchword.weights import big_vision, bit_npz, google_npz, mapping
+from patchword.spec.model import MixerSpec, PreprocessSpec, ResNetSpec, StemSpec, ViTSpec
+from patchword.spec.parse import PatchwordError
+from patchword.weights import mapping
+from patchword.weights.google import big_vision, bit_npz, google_npz
 from peers import define_torchvision_operators
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"

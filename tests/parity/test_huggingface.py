@@ -15,11 +15,11 @@ from parity_record import noted
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from patchword.architecture import PreprocessSpec, ViTSpec
 from patchword.data.transforms import EvalTransform
 from patchword.models.model import Model
 from patchword.models.zoo import build_model, create_model
-from patchword.parsing import PatchwordError
+from patchword.spec.model import PreprocessSpec, ViTSpec
+from patchword.spec.parse import PatchwordError
 from patchword.weights import huggingface, mapping
 from patchword.weights.mapping import Found, Written
 from peers import define_torchvision_operators

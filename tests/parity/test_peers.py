@@ -8,7 +8,7 @@ from library_checks import perturbed
 
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 from peers import SAME_WEIGHTS, build, difference
 
 

@@ -23,7 +23,10 @@ from library_checks import (
 )
 from safetensors.torch import save_file
 
-from patchword.architecture import (
+from patchword.models.model import Model
+from patchword.models.resnet import standardized
+from patchword.models.zoo import build_model
+from patchword.spec.model import (
     MixerSpec,
     ModelSpec,
     PreprocessSpec,
@@ -31,10 +34,7 @@ from patchword.architecture import (
     StemSpec,
     ViTSpec,
 )
-from patchword.models.model import Model
-from patchword.models.resnet import standardized
-from patchword.models.zoo import build_model
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 from patchword.weights import timm
 from patchword.weights.timm.config import VIT_NAMES, vit_arguments
 from patchword.weights.timm.names import same_filters

@@ -11,9 +11,9 @@ import torch
 from library_checks import build, check, find, perturbed
 from torch import nn
 
-from patchword.architecture import MixerSpec, StemSpec, ViTSpec
 from patchword.models.zoo import build_model
-from patchword.parsing import PatchwordError
+from patchword.spec.model import MixerSpec, StemSpec, ViTSpec
+from patchword.spec.parse import PatchwordError
 from patchword.weights import torchvision
 from patchword.weights.mapping import Written
 

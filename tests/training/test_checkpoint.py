@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 from patchword.training.checkpoint import (
     Checkpoints,
     damage,

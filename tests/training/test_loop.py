@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchword.models.zoo import create_model
-from patchword.parsing import Interrupted, changed
-from patchword.specs import TrainSpec
+from patchword.spec.batch import Batch
+from patchword.spec.parse import Interrupted, changed
+from patchword.spec.train import TrainSpec
 from patchword.training.clock import Clock
 from patchword.training.loop import due
 from patchword.training.signals import watch_signals
 from patchword.training.trainer import Progress, Trainer
-from patchword.types import Batch
 
 
 @given(total=st.integers(1, 200), every=st.integers(1, 250))

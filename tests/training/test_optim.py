@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from patchword.models.zoo import create_model
-from patchword.specs import OptimSpec
+from patchword.spec.train import OptimSpec
 from patchword.training.optim import (
     build_optimizer,
     learning_rate,

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from patchword.architecture import PreprocessSpec, ViTSpec
+from patchword.commands.listing import recipe_cost
 from patchword.data.transforms import BatchAugment, TrainTransform
 from patchword.models.zoo import create_model, model_spec
-from patchword.parsing import UsageError, differences
-from patchword.specs import TrainSpec
-from patchword.training.objectives import check_objective, create_objective, training_exaflops
+from patchword.objectives import check_objective, create_objective, training_exaflops
+from patchword.spec.model import PreprocessSpec, ViTSpec
+from patchword.spec.parse import UsageError, differences
+from patchword.spec.train import TrainSpec
 from patchword.training.optim import build_optimizer, learning_rate, span
 from patchword.training.recipes import RECIPES, base_spec, find_recipe, merge, recipe_spec
 from patchword.training.tuning import trained_names
-from patchword.workflows.listing import recipe_cost
 
 every = pytest.mark.parametrize("name", RECIPES)
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from patchword.models.model import Model
 from patchword.models.zoo import create_model
-from patchword.parsing import UsageError, changed
-from patchword.specs import TrainSpec, TuneSpec
+from patchword.spec.parse import UsageError, changed
+from patchword.spec.train import TrainSpec, TuneSpec
 from patchword.training.trainer import Trainer
 from patchword.training.tuning import adapted_names, trained_count, trained_names
-from patchword.weights.loading import load_model
+from patchword.weights.load import load_model
 
 CPU = torch.device("cpu")
 LAST = TuneSpec(tune="last", last_blocks=1)

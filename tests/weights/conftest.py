@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchword import Model, create_model
-from patchword.architecture import CalibrationSpec, PreprocessSpec
+from patchword.spec.model import CalibrationSpec, PreprocessSpec
 
 CLASSES = ("cat", "dog", 'Größe [x] "quoted"\n', "")
 

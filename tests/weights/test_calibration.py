@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from patchword import Model, PatchwordError, load_model, save_model
-from patchword.weights.loading import describe_weights, transfer
+from patchword.weights.load import describe_weights, transfer
 from patchword.weights.native import load_tensors, model_header, save_tensors
 
 Make = Callable[..., Model]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from patchword import Model, PatchwordError, load_model, save_model
-from patchword.weights.loading import read_weights
+from patchword.weights.load import read_weights
 from patchword.weights.native import load_tensors, save_tensors
 
 Make = Callable[..., Model]

@@ -17,8 +17,8 @@ from patchword.data.seeding import derived_seed
 from patchword.data.sources import Source
 from patchword.data.transforms import Transform
 from patchword.data.workers import serve
-from patchword.parsing import PatchwordError
-from patchword.types import Batch
+from patchword.spec.batch import Batch
+from patchword.spec.parse import PatchwordError
 
 OnBad = Literal["skip", "fail"]
 CACHE_BATCH = 256

@@ -17,7 +17,7 @@ import numpy as np
 
 from patchword.data.images import BadImage
 from patchword.data.sources import SPLITS, Source, group_parts, short_name
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 logger = logging.getLogger("patchword")
 IMAGE_COLUMNS = ("image", "img")

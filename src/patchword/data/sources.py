@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from patchword.data.images import BadImage
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 ACCEPTED = (
     "a folder with one folder per class, a .csv manifest (path,label[,split]), "

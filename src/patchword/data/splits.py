@@ -11,8 +11,11 @@ import numpy as np
 
 from patchword.data.seeding import derived_seed
 from patchword.data.sources import Source
-from patchword.input_specs import DataSpec
-from patchword.parsing import PatchwordError
+from patchword.spec.data import DataSpec
+from patchword.spec.parse import PatchwordError
+
+FILE = "splits.json"
+"""the record of a division in a run directory"""
 
 Division = dict[str, np.ndarray]
 """train, val and test -> int64 positions in the source, rising; a part may be empty."""

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchword.architecture import PreprocessSpec
 from patchword.data.images import MODES, BadImage, decode
 from patchword.data.randaugment import randaugment
-from patchword.input_specs import AugmentSpec
-from patchword.parsing import PatchwordError
+from patchword.spec.data import AugmentSpec
+from patchword.spec.model import PreprocessSpec
+from patchword.spec.parse import PatchwordError
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 T = TypeVar("T")
 

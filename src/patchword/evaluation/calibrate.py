@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchword.architecture import Loss
 from patchword.evaluation.classify import CHUNK
+from patchword.spec.model import Loss
 
 BOUNDS = (0.05, 20.0)
 """Temperatures stay within these: where every image is right the likelihood rises without end as

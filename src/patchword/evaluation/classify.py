@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchword.parsing import PatchwordError
-from patchword.types import Batch, Forward
+from patchword.spec.batch import Batch, Forward
+from patchword.spec.parse import PatchwordError
 
 BINS = 15
 """Equal-width bins of the expected calibration error (Guo et al. 2017)."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 EPSILON = 1e-5
 """Added to standard deviations (big_vision, evaluators/fewshot_lsr.py)."""

@@ -24,7 +24,7 @@ from patchword.evaluation.linear import (
     fold,
     moments,
 )
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 NEIGHBOURS = (10, 20)
 GRID = tuple(10.0**power for power in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -4, -5))

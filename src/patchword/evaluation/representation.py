@@ -12,8 +12,8 @@ from torch import Tensor
 
 from patchword.data.seeding import derived_seed
 from patchword.evaluation.probe import knn, sweep_logistic
-from patchword.parsing import PatchwordError
-from patchword.types import Batch, Forward
+from patchword.spec.batch import Batch, Forward
+from patchword.spec.parse import PatchwordError
 
 NEIGHBOURS = 10
 L2 = 1e-2

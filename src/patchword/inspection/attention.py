@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patchword.architecture import ViTSpec
 from patchword.inspection.recorder import attention_layers, batched, require_vit
-from patchword.parsing import PatchwordError, UsageError
+from patchword.spec.model import ViTSpec
+from patchword.spec.parse import PatchwordError, UsageError
 
 Array = NDArray[np.float64]
 Result = TypeVar("Result")

@@ -22,7 +22,7 @@ from patchword.inspection.recorder import (
 from patchword.models.model import Model
 from patchword.models.position import PositionTable, Relative, Rotary
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 
 def embedding_filters(

@@ -17,11 +17,11 @@ from patchword.inspection.embedding import (
     position_structure,
     position_vectors,
 )
-from patchword.inspection.embedding_figures import draw_position_similarity
+from patchword.inspection.figures.embedding import draw_position_similarity
 from patchword.models.mixer import Mixer
 from patchword.models.model import Model
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 Array = NDArray[np.float64]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from patchword.models.layers import Block, SelfAttention
 from patchword.models.position import PositionRule
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 BUDGET = 2**28
 """Bytes of one layer's attention, float32, that a batch of `batched` may take; one image may take

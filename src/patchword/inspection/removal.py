@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchword.architecture import MixerSpec, ViTSpec
 from patchword.inspection.recorder import evaluating
 from patchword.models.model import Model
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.model import MixerSpec, ViTSpec
+from patchword.spec.parse import PatchwordError
 
 Grid = tuple[int, int]
 Maps = NDArray[np.float64]

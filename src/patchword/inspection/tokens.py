@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 
 CLIPPED = 1.0
 """percent of the values that may fall outside the range of a colour, at either end"""

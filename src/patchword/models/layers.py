@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchword.architecture import Activation
 from patchword.models.position import PositionRule
+from patchword.spec.model import Activation
 
 
 class PatchEmbedding(nn.Module):

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from patchword.architecture import MixerSpec, PreprocessSpec
 from patchword.models.layers import Mlp, PatchEmbedding, drop_path
 from patchword.models.model import Model, init_head, init_lecun
-from patchword.types import Outputs
+from patchword.spec.batch import Outputs
+from patchword.spec.model import MixerSpec, PreprocessSpec
 
 
 class MixerBlock(nn.Module):

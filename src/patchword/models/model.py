@@ -8,9 +8,9 @@ from typing import ClassVar, Generic
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from patchword.architecture import CalibrationSpec, ModelSpec, PreprocessSpec
-from patchword.parsing import PatchwordError
-from patchword.types import Outputs
+from patchword.spec.batch import Outputs
+from patchword.spec.model import CalibrationSpec, ModelSpec, PreprocessSpec
+from patchword.spec.parse import PatchwordError
 
 Spec = TypeVar("Spec", bound=ModelSpec, default=ModelSpec, covariant=True)
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from patchword.architecture import ViTSpec
+from patchword.spec.model import ViTSpec
 
 Grid = tuple[int, int]
 

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchword.architecture import PreprocessSpec, ResNetSpec, StemSpec
 from patchword.models.model import Model, init_head, init_lecun
-from patchword.parsing import PatchwordError
-from patchword.types import Outputs
+from patchword.spec.batch import Outputs
+from patchword.spec.model import PreprocessSpec, ResNetSpec, StemSpec
+from patchword.spec.parse import PatchwordError
 
 GROUPS = 32
 """of every GroupNorm"""

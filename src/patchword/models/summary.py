@@ -13,12 +13,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchword.architecture import ModelSpec
 from patchword.models.model import Model
 from patchword.models.position import PositionRule
 from patchword.models.resnet import ResNetStem
 from patchword.models.vit import ViT
 from patchword.models.zoo import build_model
+from patchword.spec.model import ModelSpec
 
 REST = "rest"
 """The name of the row for what belongs to no layer: tokens, padding, pooling."""

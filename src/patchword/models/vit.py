@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from patchword.architecture import PreprocessSpec, ViTSpec
 from patchword.models.layers import (
     AttentionPool,
     Block,
@@ -20,7 +19,8 @@ from patchword.models.layers import (
 from patchword.models.model import Model, init_head, init_lecun, init_linear
 from patchword.models.position import PositionRule, PositionTable, create_position
 from patchword.models.resnet import ResNetStem, stem_macs
-from patchword.types import Outputs
+from patchword.spec.batch import Outputs
+from patchword.spec.model import PreprocessSpec, ViTSpec
 
 
 class ViT(Model[ViTSpec]):

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from patchword.architecture import (
+from patchword.models import mixer, resnet, vit
+from patchword.models.mixer import Mixer
+from patchword.models.model import Model
+from patchword.models.resnet import ResNet
+from patchword.models.vit import ViT
+from patchword.spec.model import (
     FAMILIES,
     MixerSpec,
     ModelSpec,
@@ -18,12 +23,7 @@ from patchword.architecture import (
     StemSpec,
     ViTSpec,
 )
-from patchword.models import mixer, resnet, vit
-from patchword.models.mixer import Mixer
-from patchword.models.model import Model
-from patchword.models.resnet import ResNet
-from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError, UsageError, nearest, parse, to_dict
+from patchword.spec.parse import PatchwordError, UsageError, nearest, parse, to_dict
 
 
 @dataclass(frozen=True)

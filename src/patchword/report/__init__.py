@@ -11,12 +11,12 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from patchword import facts
 from patchword.evaluation.classify import Classification
-from patchword.facts import RunFacts
+from patchword.report import record as facts
 from patchword.report import result as of_result
 from patchword.report import run as of_run
 from patchword.report.markup import listed
+from patchword.report.record import RunFacts
 from patchword.report.result import THUMBNAIL, Mistake
 from patchword.training.checkpoint import replace_text
 

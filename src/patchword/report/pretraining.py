@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from patchword import facts
-from patchword.facts import RunFacts
-from patchword.inspection.drawing import BLUE, GREEN, ORANGE, VERMILLION
-from patchword.inspection.run_figures import Series
+from patchword.inspection.figures.drawing import BLUE, GREEN, ORANGE, VERMILLION
+from patchword.inspection.figures.run import Series
+from patchword.report import record as facts
 from patchword.report import run as of_run
 from patchword.report import write_page
 from patchword.report.markup import data_uri, listed
+from patchword.report.record import RunFacts
 
 LOSSES = {
     "mae": "squared error of a pixel of the masked patches, normalised by patch",

@@ -10,10 +10,10 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from patchword import facts
 from patchword.evaluation.classify import Classification
-from patchword.inspection.drawing import encode
-from patchword.inspection.run_figures import draw_confusion, draw_reliability
+from patchword.inspection.figures.drawing import encode
+from patchword.inspection.figures.run import draw_confusion, draw_reliability
+from patchword.report import record as facts
 from patchword.report.markup import data_uri, picture, scroll
 
 THUMBNAIL = 160

@@ -7,11 +7,11 @@ from html import escape
 
 import numpy as np
 
-from patchword import facts
-from patchword.facts import RunFacts
-from patchword.inspection.drawing import BLUE, GREEN, VERMILLION, encode
-from patchword.inspection.run_figures import Series, draw_curves
+from patchword.inspection.figures.drawing import BLUE, GREEN, VERMILLION, encode
+from patchword.inspection.figures.run import Series, draw_curves
+from patchword.report import record as facts
 from patchword.report.markup import data_uri, pairs, picture
+from patchword.report.record import RunFacts
 
 
 def runs(run: RunFacts) -> str:

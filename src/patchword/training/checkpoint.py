@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 from patchword.weights.native import sync
 
 logger = logging.getLogger("patchword")

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from patchword.spec.batch import Batch
 from patchword.training.trainer import Progress
-from patchword.types import Batch
 
 
 class Clock:

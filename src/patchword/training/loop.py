@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from patchword.parsing import Interrupted, PatchwordError
+from patchword.spec.batch import Batch, Evaluator, Forward
+from patchword.spec.parse import Interrupted, PatchwordError
 from patchword.training.checkpoint import Checkpoints, damage
 from patchword.training.clock import Clock
 from patchword.training.criterion import TOP1, Criterion
@@ -22,7 +23,6 @@ from patchword.training.log import Lines, LiveLine, duration, write_csv
 from patchword.training.optim import learning_rate
 from patchword.training.signals import watch_signals
 from patchword.training.trainer import FILES, Head, Trainer
-from patchword.types import Batch, Evaluator, Forward
 
 logger = logging.getLogger("patchword")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchword.specs import OptimSpec
+from patchword.spec.train import OptimSpec
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from patchword.parsing import Interrupted
+from patchword.spec.parse import Interrupted
 
 logger = logging.getLogger("patchword")
 

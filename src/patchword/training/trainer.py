@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from patchword.data.seeding import derived_seed
 from patchword.models.model import Model
-from patchword.specs import TrainSpec
-from patchword.training.averaging import Average
+from patchword.objectives import create_objective
+from patchword.objectives.base import body, parts_of
+from patchword.session.device import Working
+from patchword.spec.train import TrainSpec
+from patchword.training.average import Average
 from patchword.training.checkpoint import write_text
-from patchword.training.objectives import create_objective
-from patchword.training.objectives.base import body, parts_of
 from patchword.training.optim import build_optimizer, load_optimizer_state, optimizer_state
-from patchword.training.parallel import Working
 from patchword.training.tuning import Adapters, freeze
 from patchword.weights.native import load_tensors, save_tensors, write_model
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from patchword.data.seeding import derived_seed
 from patchword.models.model import Model
 from patchword.models.zoo import variant_name
-from patchword.parsing import UsageError
-from patchword.specs import TuneSpec
+from patchword.spec.parse import UsageError
+from patchword.spec.train import TuneSpec
 from patchword.training.optim import layer_of
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from patchword.parsing import PatchwordError, UsageError, nearest
-from patchword.weights.npz import UNREADABLE, Contents, fill, open_npz, open_zip
+from patchword.spec.parse import PatchwordError, UsageError, nearest
+from patchword.weights.google.npz import UNREADABLE, Contents, fill, open_npz, open_zip
 from patchword.weights.pretrained import PRETRAINED
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchword.models.model import Model
-from patchword.parsing import PatchwordError
-from patchword.weights import big_vision, bit_npz, google_npz, huggingface, timm, torchvision
+from patchword.spec.parse import PatchwordError
+from patchword.weights import huggingface, timm, torchvision
+from patchword.weights.google import big_vision, bit_npz, google_npz
 from patchword.weights.mapping import Config, Found, Shapes, Written
 
 

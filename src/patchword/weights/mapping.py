@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchword.architecture import ModelSpec, PreprocessSpec
-from patchword.parsing import PatchwordError
+from patchword.spec.model import ModelSpec, PreprocessSpec
+from patchword.spec.parse import PatchwordError
 
 logger = logging.getLogger("patchword")
 

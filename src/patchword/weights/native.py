@@ -21,7 +21,7 @@ from torch import Tensor
 
 from patchword.models.model import Model
 from patchword.models.zoo import spec_to_dict
-from patchword.parsing import PatchwordError, to_dict
+from patchword.spec.parse import PatchwordError, to_dict
 from patchword.weights.files import KEY, open_safetensors
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from patchword.parsing import UsageError, nearest
+from patchword.spec.parse import UsageError, nearest
 
 
 @dataclass(frozen=True)

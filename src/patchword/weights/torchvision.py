@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from patchword.architecture import PreprocessSpec, ViTSpec
 from patchword.models.model import Model
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError, parse
+from patchword.spec.model import PreprocessSpec, ViTSpec
+from patchword.spec.parse import PatchwordError, parse
 from patchword.weights import mapping
 from patchword.weights.mapping import (
     Config,

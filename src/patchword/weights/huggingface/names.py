@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from patchword.architecture import ViTSpec
+from patchword.spec.model import ViTSpec
 from patchword.weights.mapping import (
     JOINED,
     SAME,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from patchword.architecture import ModelSpec, PreprocessSpec
-from patchword.parsing import PatchwordError, parse, to_dict
+from patchword.spec.model import ModelSpec, PreprocessSpec
+from patchword.spec.parse import PatchwordError, parse, to_dict
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from patchword.architecture import ModelSpec, PreprocessSpec, ViTSpec
-from patchword.parsing import PatchwordError, nearest, parse
+from patchword.spec.model import ModelSpec, PreprocessSpec, ViTSpec
+from patchword.spec.parse import PatchwordError, nearest, parse
 from patchword.weights import mapping
 from patchword.weights.huggingface import processor
 from patchword.weights.huggingface.names import ACTIVATIONS, LAYOUTS, Layout, rules_for

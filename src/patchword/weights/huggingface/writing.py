@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchword.architecture import ViTSpec
 from patchword.models.model import Model
 from patchword.models.position import PositionTable
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.model import ViTSpec
+from patchword.spec.parse import PatchwordError
 from patchword.weights import mapping
 from patchword.weights.huggingface import processor
 from patchword.weights.huggingface.names import ACTIVATIONS, LAYOUTS, rules_for

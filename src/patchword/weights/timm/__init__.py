@@ -10,7 +10,7 @@ from patchword.models.mixer import Mixer
 from patchword.models.model import Model
 from patchword.models.resnet import ResNet
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError
+from patchword.spec.parse import PatchwordError
 from patchword.weights.mapping import Config, Found, Shapes, Written
 from patchword.weights.timm import reading, resnet_mixer, writing
 from patchword.weights.timm.config import architecture

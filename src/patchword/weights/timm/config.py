@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from patchword.architecture import PreprocessSpec
 from patchword.models.model import Model
-from patchword.parsing import PatchwordError, parse, to_dict
+from patchword.spec.model import PreprocessSpec
+from patchword.spec.parse import PatchwordError, parse, to_dict
 from patchword.weights.mapping import Config, Shapes
 
 Arguments = dict[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchword.architecture import StemSpec, ViTSpec
+from patchword.spec.model import StemSpec, ViTSpec
 from patchword.weights.mapping import (
     SAME,
     Op,

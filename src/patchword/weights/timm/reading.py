@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any
 
-from patchword.architecture import StemSpec, ViTSpec
-from patchword.parsing import PatchwordError, parse
+from patchword.spec.model import StemSpec, ViTSpec
+from patchword.spec.parse import PatchwordError, parse
 from patchword.weights.mapping import (
     Config,
     Found,

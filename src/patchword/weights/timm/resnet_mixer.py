@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from patchword.architecture import MixerSpec, ResNetSpec
 from patchword.models.mixer import Mixer
 from patchword.models.resnet import BIT_WIDTH, ResNet
-from patchword.parsing import PatchwordError, parse
+from patchword.spec.model import MixerSpec, ResNetSpec
+from patchword.spec.parse import PatchwordError, parse
 from patchword.weights import mapping
 from patchword.weights.mapping import (
     Config,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchword.architecture import ViTSpec
 from patchword.models.position import PositionTable
 from patchword.models.vit import ViT
-from patchword.parsing import PatchwordError, parse, to_dict
+from patchword.spec.model import ViTSpec
+from patchword.spec.parse import PatchwordError, parse, to_dict
 from patchword.weights import mapping
 from patchword.weights.mapping import Written
 from patchword.weights.timm.config import (

@@ -1,0 +1,397 @@
+"""What may be written after `patchword COMMAND`, and how it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import Positional
+
+from patchword.spec.parse import UsageError, parse, to_dict
+from patchword.spec.train import LENGTHS, Device, Precision, TrainSpec, with_length, without_rates
+from patchword.training.recipes import base_spec, merge
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainSpec):
+    """Train a Vision Transformer, or with --init fine-tune one. The same command resumes."""
+
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder with a folder per class, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    config: str | None = None
+    """a config.json to start from, such as that of another run"""
+    out: str | None = None
+    """the run directory, by default runs/DATA-MODEL"""
+    overwrite: bool = False
+    """delete what is in the run directory and start again"""
+    sweep: bool = False
+    """choose the learning rate among --rates on held-out images, then train on all of train"""
+    runs: int = 1
+    """how often to run, with seeds --seed, --seed + 1, ...: mean and standard deviation"""
+    json: bool = False
+    """print the result as JSON"""
+
+    @property
+    def spec(self) -> TrainSpec:
+        """The settings of the run alone."""
+        return TrainSpec(**_settings(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LoadArguments:
+    """How a command loads a model, and feeds it with images."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that
+    `patchword models --pretrained` lists"""
+    image_size: tuple[int, ...] | None = None
+    """one side, or height and width, in pixels; by default the model's"""
+    batch_size: int | None = None
+    """images at a time; changes speed and memory only"""
+    device: Device = "auto"
+    workers: int | None = None
+    """processes that read images; by default one per core, none for a few images"""
+    trust_pickle: bool = False
+    """read MODEL even if it is a pickle (.pth): for files whose source you trust"""
+    json: bool = False
+    """print the result as JSON"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow of this command takes. Raises `UsageError` on numbers out of range."""
+        batch_size, workers = self.batch_size, self.workers
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"--batch-size is {batch_size}; use 1 or more")
+        if workers is not None and workers < 0:
+            raise UsageError(f"--workers is {workers}; use 0 or more")
+        values = vars(self) | {"image_size": _sides(self.image_size)}
+        return {name: value for name, value in values.items() if name not in ("json", "csv")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelArguments(_LoadArguments):
+    """How a command runs a model."""
+
+    precision: Precision = "float32"
+
+
+def _sides(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """(height, width) of what --image-size was given. Raises `UsageError`."""
+    if size is not None and (len(size) not in (1, 2) or min(size) < 1):
+        raise UsageError("--image-size takes one or two numbers above 0")
+    return None if size is None else (size[0], size[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments(_ModelArguments):
+    """Measure a model: accuracy, loss, calibration, recall and precision per class."""
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    split: str | None = None
+    """train, val, test or all; by default test, else val, else what the run held out, else all"""
+    probe: tyro.conf.UseAppendAction[tuple[Literal["fewshot", "knn", "logistic"], ...]] = ()
+    """instead, measure what the model's features are worth: fewshot, knn or logistic, fitted to the
+    train part without training the model; several, if given several times"""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """what to do with an image that cannot be read"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictArguments(_ModelArguments):
+    """Classify images."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")]
+    """files, folders, patterns, or - for a list on standard input"""
+    top: int = 5
+    """classes to give for each image"""
+    abstain: float | None = None
+    """give no label to images whose top probability is below this, such as 0.9"""
+    csv: bool = False
+    """print comma-separated values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments(_LoadArguments):
+    """Draw what a model has learned and what it looks at: filters, position similarity, attention
+    distance over all images; rollout, attention maps and patch tokens of the first; a map of the
+    features of a data set. With summary.json, which holds the numbers."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")] = ()
+    """files, folders, patterns, or - for a list on standard input; with --data alone, 128 images
+    of DATA"""
+    out: str
+    """the folder to write to"""
+    data: str | None = None
+    """a labelled folder, .csv manifest, parquet, digits, or hub:ORG/NAME, whose features are
+    mapped"""
+    split: str | None = None
+    """the part of --data: train, val, test or all; by default as in evaluate"""
+    query: str | None = None
+    """ROW,COL, from 0: the patch whose attention is shown, instead of the class token's"""
+    pictures: int = 8
+    """images to draw rollout, attention and tokens of; the averages are over all"""
+    mapped: int = 2000
+    """images of --data to map at most, evenly spread"""
+    format: Literal["png", "pdf"] = "png"
+    """pdf: vector graphics for papers"""
+    overwrite: bool = False
+    """replace the figures that are in --out"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        values = super().settings()
+        if not self.images and self.data is None:
+            raise UsageError("no images given; name files, folders or a pattern, or --data DATA")
+        if self.split is not None and self.data is None:
+            raise UsageError("--split names a part of --data DATA; give both")
+        for name, least in (("pictures", 0), ("mapped", 1)):
+            if values[name] < least:
+                raise UsageError(f"--{name} is {values[name]}; use {least} or more")
+        return values | {"query": _patch(self.query)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainArguments(_LoadArguments):
+    """Show why images have their class: which patches speak for it, by gradient-weighted rollout
+    and by occlusion, whether both agree, and how much they are worth (deletion and insertion). One
+    picture for each image."""
+
+    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    """files, folders, patterns, or - for a list on standard input"""
+    label: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    """the class to explain; by default each image's most probable one"""
+    out: str | None = None
+    """the picture, .png or .pdf; for several images a folder; by default explain-IMAGE.png here"""
+    window: int | None = None
+    """patches a side to take away at a time for occlusion; by default 1 up to 16 x 16 patches, and
+    at finer grids so many that an image needs no more than 256 passes"""
+    overwrite: bool = False
+    """replace pictures that exist"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        if not self.images:
+            raise UsageError("no images given; name files, folders or a pattern")
+        if self.window is not None and self.window < 1:
+            raise UsageError(f"--window is {self.window}; use 1 or more")
+        return super().settings()
+
+
+def _patch(text: str | None) -> tuple[int, int] | None:
+    """(row, column) of what --query was given. Raises `UsageError`."""
+    if text is None:
+        return None
+    row, comma, column = text.partition(",")
+    if not comma or not row.strip().isdecimal() or not column.strip().isdecimal():
+        raise UsageError(f"--query is {text!r}; give ROW,COL, such as 0,5")
+    return int(row), int(column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateArguments(_ModelArguments):
+    """Fit the temperature of a model's probabilities on validation images, and store it."""
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    split: str = "val"
+    """the part to fit on; or half/half, or 30/70: that share of the validation images (of all, if
+    the data have no parts) fits, the rest reports"""
+    seed: int = 0
+    """of the division by --split half/half"""
+    out: str | None = None
+    """a .safetensors file to write the calibrated model to"""
+    overwrite: bool = False
+    """replace what is at --out; without --out, the best weights of the run directory MODEL, or the
+    file MODEL"""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """what to do with an image that cannot be read"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckArguments:
+    """Find what is wrong with a data set: unreadable images, copies and near copies, also between
+    train and test, classes with alike names or few images, unusual images. Exit code 1 if there are
+    errors."""
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
+    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    fix: bool = False
+    """move unreadable files and surplus copies of a folder to DATA.set-aside/, deleting nothing"""
+    undo: bool = False
+    """bring back what --fix has moved"""
+    near: int = 10
+    """bits of 64 that the perceptual hashes of near duplicates may differ in, 0 to 15"""
+    workers: int | None = None
+    """processes that read images; by default one per core, none for a few images"""
+    json: bool = False
+    """print the result as JSON"""
+
+    def settings(self) -> dict[str, Any]:
+        """What the workflow takes. Raises `UsageError` on what makes no sense."""
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers is {self.workers}; use 0 or more")
+        if self.fix and self.undo:
+            raise UsageError("--fix and --undo are opposites; give one of them")
+        return {name: vars(self)[name] for name in ("data", "fix", "near", "workers")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments:
+    """Write weights in another format, and compare what the model says before and after."""
+
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="IN")]
+    """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that
+    `patchword models --pretrained` lists"""
+    out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")]
+    """the file to write (.safetensors, .npz, .pth as the format has them), or the folder"""
+    format: str
+    """patchword, huggingface, timm, torchvision or google-npz"""
+    trust_pickle: bool = False
+    """read IN even if it is a pickle (.pth): for files whose source you trust"""
+    overwrite: bool = False
+    """replace what is at OUT"""
+    json: bool = False
+    """print the result as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """Train, evaluate and inspect a small model on scikit-learn's digits, in about a minute."""
+
+    out: str = "runs/demo"
+    """the run directory"""
+    seed: int = 0
+    overwrite: bool = False
+    """delete what is in the run directory and start again"""
+    json: bool = False
+    """print the result as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListArguments:
+    """What there is to choose from."""
+
+    name: Annotated[Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
+    """one of them, in detail"""
+    json: bool = False
+    """print as JSON"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsArguments(ListArguments):
+    """The variants with parameters and cost; with a name, its layers one by one."""
+
+    image_size: tuple[int, ...] | None = None
+    """of the model in detail: one side, or height and width, in pixels; by default 224"""
+    classes: int | None = None
+    """of the model in detail; by default 1000"""
+    pretrained: bool = False
+    """list weights that --init, evaluate and predict take by name, and fetch from the hub"""
+
+    def settings(self) -> dict[str, Any]:
+        """How large the model in detail is. Raises `UsageError` on numbers out of range, and where
+        there is none."""
+        size, classes = _sides(self.image_size), self.classes
+        if classes is not None and classes < 0:
+            raise UsageError(f"--classes is {classes}; use 0 or more")
+        given = {"image_size": size, "num_classes": classes}
+        values = {name: value for name, value in given.items() if value is not None}
+        if values and (self.name is None or self.pretrained):
+            raise UsageError("--image-size and --classes go with one variant; name it")
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """Devices, precision, threads, versions, free disk, and missing extras."""
+
+    json: bool = False
+    """print as JSON"""
+
+
+def read(cls: type[T], words: Sequence[str], command: str, **options: Any) -> T:
+    """The arguments of a command. Exits with 2 where they make no sense, with 0 after --help."""
+    return tyro.cli(cls, prog=f"patchword {command}", args=list(words), **options)
+
+
+def read_train(words: Sequence[str]) -> tuple[TrainArguments, TrainSpec]:
+    """The arguments of `patchword train`, and the settings that they make with --config or
+    --recipe. Raises `UsageError`."""
+    base = _base_spec(words)
+    default = TrainArguments(**_settings(base))
+    args = read(
+        TrainArguments, words, "train", default=default, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    lengths = [f"--{name}" for name in LENGTHS if _option(words, name) is not None]
+    if len(lengths) > 1:
+        raise UsageError(f"{' and '.join(lengths)} both set the length of the run; give one")
+    spec = with_length(args.spec, base)
+    if _option(words, "lr") is not None and _option(words, "rates") is None:
+        spec = without_rates(spec)
+    return args, spec
+
+
+def _settings(spec: TrainSpec) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSpec)}
+
+
+def _base_spec(words: Sequence[str]) -> TrainSpec:
+    """The settings of --config or --recipe, which the flags are laid over."""
+    config, recipe, init, objective = (
+        _option(words, name) for name in ("config", "recipe", "init", "objective")
+    )
+    if config is not None:
+        base = _config_spec(Path(config), recipe, init)
+        return dataclasses.replace(base, source=base.source or tyro.MISSING)
+    base = base_spec(_source(words), recipe, init, objective)
+    return dataclasses.replace(base, source=tyro.MISSING)
+
+
+def _source(words: Sequence[str]) -> str:
+    """The source, before the real parser is built: the first word, else `digits` if it is there;
+    others need not be told apart."""
+    if words and not words[0].startswith("-"):
+        return words[0]
+    values = ("--out", "--init", "--recipe", "--objective")
+    pairs = zip(["", *words], words, strict=False)
+    found = any(word == "digits" and before not in values for before, word in pairs)
+    return "digits" if found else ""
+
+
+def _config_spec(path: Path, recipe: str | None, init: str | None) -> TrainSpec:
+    """The settings of a config file, laid over those of its recipe, or of `recipe`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} holds no JSON object; give a run's config.json")
+    for name in ("source", "recipe", "init", "objective"):
+        if not isinstance(values.get(name), str | None):
+            raise UsageError(f"--config {path}: {name} must be a string, not {values[name]!r}")
+    named, weights = recipe or values.get("recipe"), init or values.get("init")
+    base = base_spec(values.get("source") or "", named, weights, values.get("objective"))
+    length = next((name for name in LENGTHS if values.get(name) is not None), None)
+    if length is not None:  # with steps, the length that was found, not how it was asked for
+        values |= {name: None for name in LENGTHS if name != length}
+    if values.get("steps") is not None and isinstance(values.get("optim"), dict):
+        values["optim"] = values["optim"] | {"rates": []}  # that of the run has been chosen
+    return parse(TrainSpec, merge(to_dict(base), values))
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """The last value of --name, before the real parser is built."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=False):
+        if word == f"--{name}":
+            found = following
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found

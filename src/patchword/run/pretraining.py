@@ -1,0 +1,137 @@
+"""Self-supervised runs: how they come along, what they are measured by, what they leave."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from patchword.data.seeding import derived_seed
+from patchword.evaluation.representation import Labelled, Representation
+from patchword.inspection.figures.drawing import encode
+from patchword.inspection.figures.reconstruction import draw_predictions
+from patchword.objectives import create_objective
+from patchword.objectives.base import Objective
+from patchword.report.pretraining import write_pretraining_report
+from patchword.report.pretraining_card import write_pretraining_card
+from patchword.run.inputs import Inputs
+from patchword.run.reporting import inside
+from patchword.spec.batch import Evaluator
+from patchword.training.criterion import LINEAR, LOSS, TOP1, Criterion
+from patchword.training.log import read_lines
+from patchword.training.trainer import FILES, Trainer, read_weights
+from patchword.weights.load import load_model
+
+PICTURES = 8
+"""Images that are shown with their predictions."""
+
+
+def progress_evaluator(
+    inputs: Inputs, objective: Objective, some: np.ndarray | None = None
+) -> Evaluator:
+    """What measures a run on its val part, or on `some` of it, and then without probes: they cost
+    more than they say."""
+    if not inputs.spec.self_supervised:
+        return inputs.evaluator("val", some)
+    indices, labelled = inputs.division["val"] if some is None else some, None
+    if some is None and probed_images(inputs):
+        support, queries = (_probed(inputs, part) for part in ("train", "val"))
+        labelled = Labelled(
+            inputs.passes("train", support),
+            inputs.passes("val", queries),
+            len(inputs.source.classes),
+        )
+    none = torch.empty(0)
+    return Representation(
+        inputs.passes("val", indices),
+        inputs.to_input,
+        lambda forward, images: objective.loss(forward, images, none),
+        inputs.spec.seed,
+        labelled,
+    )
+
+
+def criterion(inputs: Inputs) -> Criterion:
+    """What chooses the best weights: labels if there are any."""
+    if not inputs.spec.self_supervised:
+        return TOP1
+    return LINEAR if probed_images(inputs) else LOSS
+
+
+def probed_images(inputs: Inputs) -> int:
+    """How many images the probes of an evaluation look at; 0 where the labels are learned, where
+    they have nothing to tell apart, and where they are not wanted."""
+    if not inputs.spec.self_supervised:
+        return 0
+    parts = [_probed(inputs, part) for part in ("train", "val")]
+    labels = [inputs.source.labels[at] for at in parts]
+    if any(len(np.unique(found)) < 2 for found in labels):
+        return 0
+    return sum(map(len, parts))
+
+
+def _probed(inputs: Inputs, part: str) -> np.ndarray:
+    """The images of a part whose labels are looked at: a draw by the run's seed, in order."""
+    spec, indices = inputs.spec, inputs.division[part]
+    most = spec.pretrain.probe_images
+    if len(indices) <= most:
+        return indices
+    rng = np.random.default_rng(derived_seed(spec.seed, "probe"))
+    return np.sort(rng.choice(indices, most, replace=False))
+
+
+def outcome(run: Path, summary: dict[str, Any], trainer: Trainer, inputs: Inputs) -> dict[str, Any]:
+    """What the summary says of a run without labels: the figures of its best weights on val, which
+    chose them. The test part is not looked at."""
+    found: dict[str, Any] = {}
+    for line in read_lines(run / "evaluations.jsonl"):
+        if (line["step"], line["weights"]) == (summary["best_step"], summary["best_weights"]):
+            found = {key: line[key] for key in ("n", "loss", "knn", "linear") if key in line}
+    return {
+        "objective": inputs.spec.objective,
+        "bad_images": len({int(index) for index in trainer.progress.bad} | inputs.bad.keys()),
+        "split": "val" if found else None,
+        **found,
+    }
+
+
+def report(run: Path, trainer: Trainer, inputs: Inputs) -> None:
+    """Write `report.html` and `MODEL_CARD.md`, with some images as the model predicts them."""
+    spec, model = trainer.spec, load_model(run, device=inputs.device)
+    if trainer.progress.best is None:
+        network = trainer.networks["average" if trainer.average else "raw"]
+    else:
+        network = create_objective(spec, model).network(model).to(inputs.device)
+        read_weights(network, run / "best", FILES["raw"])
+    part = "val" if len(inputs.division["val"]) else "train"
+    indices = inputs.division[part]
+    some = indices[np.unique(np.linspace(0, len(indices) - 1, PICTURES).round().astype(np.int64))]
+    config, again = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
+    reproduce = f"patchword train --config {config} --out {again}"
+    write_pretraining_report(
+        run,
+        pictures=_pictures(network, trainer.objective, inputs, some),
+        figures=inside(model, inputs.source, indices),
+        reproduce=reproduce,
+    )
+    write_pretraining_card(run, reproduce=reproduce)
+
+
+@torch.no_grad()
+def _pictures(
+    network: nn.Module, objective: Objective, inputs: Inputs, indices: np.ndarray
+) -> bytes | None:
+    """Images with what the network sees of them and predicts: a PNG, None if none can be read."""
+    batch = next(iter(inputs.passes("val", indices)()))
+    images = batch.images[batch.mask]
+    if not len(images):
+        return None
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derived_seed(inputs.spec.seed, "pictures"))
+        shown = objective.pictures(network.eval(), inputs.to_input(images))
+    rows = [row.permute(0, 2, 3, 1).float().cpu().numpy() for row in shown]
+    return encode(draw_predictions(*rows))

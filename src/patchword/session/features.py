@@ -1,0 +1,239 @@
+"""Features of a data set: one pass of a model over its images, kept on disk for the next time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+
+from patchword.data.loader import OnBad, eval_batches
+from patchword.data.sources import Source
+from patchword.data.transforms import EvalTransform, to_input
+from patchword.models.model import Model
+from patchword.models.zoo import spec_to_dict
+from patchword.spec.parse import PatchwordError, UsageError, nearest, to_dict
+from patchword.weights.native import load_tensors, save_tensors
+
+logger = logging.getLogger("patchword")
+VERSION = 1
+"""Raised when the same model and images come to give other features."""
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEAD_FIELDS = frozenset({"num_classes", "head", "probability"})
+"""Fields of a model's spec that its features do not depend on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a model makes of N images that could be read."""
+
+    pooled: Tensor
+    """float32 `[N, D]`, on the CPU: `Model.features(images).pooled`, before the head"""
+    labels: Tensor
+    """int64 `[N]`, as the source numbers its classes"""
+    indices: Tensor
+    """int64 `[N]`, positions in the source, in the order asked for"""
+    bad: tuple[tuple[int, str], ...] = ()
+    """(position in the source, reason) of the images that could not be read"""
+    cached: Path | None = None
+    """the file that the features were read from; None if they were computed"""
+
+    @property
+    def skipped(self) -> int:
+        """Images that could not be read."""
+        return len(self.bad)
+
+
+def eval_batch_size(model: Model) -> int:
+    """Images per batch where nothing depends on it but speed and memory."""
+    return max(16, min(512, 2**22 // math.prod(model.spec.image_size)))
+
+
+def extract(
+    model: Model,
+    source: Source,
+    indices: np.ndarray,
+    *,
+    device: torch.device | str,
+    batch_size: int = 64,
+    workers: int = 0,
+    precision: str = "float32",
+    cache: bool | Path = True,
+    on_bad: OnBad = "skip",
+    progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Pooled features of the images `indices` of `source`, cut as in evaluation (`EvalTransform`).
+
+    The model is left as it is, but for where it lies: it is moved to `device` and put into
+    evaluation mode. Memory: the result, 4 N D bytes, and one batch. `progress` is called with
+    (images done, images in all) after each batch.
+
+    With `cache`, a folder or True for `cache_folder()`, the result is kept in a file named after
+    all that it depends on (`cache_key`), and read from there if it is there, whole and of the right
+    shape; the log says so. A damaged file is computed anew and replaced; a disk that cannot be
+    written costs a warning.
+
+    `precision`, float32 or bfloat16, is that of the forward pass. Raises `UsageError` on others,
+    and `PatchwordError` if no image can be read, with `on_bad="fail"` if one cannot, and if a
+    feature is not finite.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}{nearest(precision, PRECISIONS)}")
+    indices = np.ascontiguousarray(indices, np.int64)
+    if not len(indices):
+        raise PatchwordError("no images to compute features of; choose another part of the data")
+    path = None
+    if cache is not False:
+        folder = cache_folder() if cache is True else cache
+        path = folder / f"{cache_key(model, source, indices, precision)}.safetensors"
+        found = _read(path, source, indices)
+        if found is not None and not (found.bad and on_bad == "fail"):
+            logger.info("features of %s images read from %s", f"{len(indices):,}", path)
+            return found
+    rows, bad = _compute(
+        model, source, indices, device, batch_size, workers, precision, on_bad, progress
+    )
+    if path is not None:
+        _write(path, rows, bad)
+    return _features(rows, source, indices, bad, None)
+
+
+def cache_folder() -> Path:
+    """Where features are kept: `$PATCHWORD_CACHE/features`, by default
+    `~/.cache/patchword/features`."""
+    root = os.environ.get("PATCHWORD_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "patchword") / "features"
+
+
+def cache_key(model: Model, source: Source, indices: np.ndarray, precision: str) -> str:
+    """SHA-256 (hex) of what features depend on: the body's weights and spec, the preprocessing,
+    the data's fingerprint (names, labels, classes and file sizes), the positions, the precision,
+    and the versions of this code and Pillow.
+
+    The head counts for nothing: a model with new classes has the same features. Nor does the
+    device, whose rounding differs by parts in a million.
+    """
+    spec = spec_to_dict(model.spec)
+    about = {
+        "version": VERSION,
+        "pillow": PIL.__version__,
+        "spec": {name: value for name, value in spec.items() if name not in HEAD_FIELDS},
+        "preprocess": to_dict(model.preprocess),
+        "data": source.fingerprint,
+        "precision": precision,
+    }
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    digest.update(indices.astype("<i8").tobytes())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(model.HEADS):
+            digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+            plain = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(plain.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _compute(
+    model: Model,
+    source: Source,
+    indices: np.ndarray,
+    device: torch.device | str,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    on_bad: OnBad,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Tensor, dict[int, str]]:
+    """float32 `[len(indices) - bad, D]`, and why images are bad."""
+    module, dtype = model.to(device).eval(), PRECISIONS[precision]
+    if dtype is not torch.float32:
+        module = copy.deepcopy(model).to(dtype)
+    transform = EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
+    rows: Tensor | None = None
+    done, seen, bad = 0, 0, dict[int, str]()
+    for batch in eval_batches(
+        source, indices, transform, batch_size=batch_size, workers=workers, on_bad=on_bad
+    ):
+        bad.update(batch.bad)
+        images = batch.images if batch.mask.all() else batch.images[batch.mask]
+        if len(images):
+            inputs = to_input(images.to(device), model.preprocess, dtype)
+            pooled = module.pooled_features(inputs).float().cpu()
+            _check(pooled, source, batch.indices[batch.mask])
+            if rows is None:
+                rows = torch.empty(len(indices), pooled.shape[1])
+            rows[done : done + len(pooled)] = pooled
+            done += len(pooled)
+        seen += len(batch.labels)
+        if progress is not None:
+            progress(seen, len(indices))
+    assert rows is not None, "eval_batches raises where no image can be read"
+    return rows[:done], bad
+
+
+def _check(pooled: Tensor, source: Source, indices: Tensor) -> None:
+    finite = pooled.isfinite().all(dim=1)
+    if not finite.all():
+        image = source.location(int(indices[~finite][0]))
+        raise PatchwordError(
+            f"the model's features of {image} are not finite; use --precision float32, or other "
+            "weights"
+        )
+
+
+def _features(
+    rows: Tensor, source: Source, indices: np.ndarray, bad: dict[int, str], cached: Path | None
+) -> Features:
+    good = indices[~np.isin(indices, list(bad))] if bad else indices
+    return Features(
+        pooled=rows,
+        labels=torch.from_numpy(source.labels[good].astype(np.int64)),
+        indices=torch.from_numpy(good.copy()),
+        bad=tuple(sorted(bad.items())),
+        cached=cached,
+    )
+
+
+def _read(path: Path, source: Source, indices: np.ndarray) -> Features | None:
+    """What `_write` wrote, None if it is not there or not to be trusted."""
+    if not path.exists():
+        return None
+    try:
+        tensors, header = load_tensors(path)
+        bad = {int(index): str(reason) for index, reason in header["bad"]}
+        rows = tensors["pooled"]
+        known = set(bad) <= set(indices.tolist()) and header["key"] == path.stem
+        good = len(indices) - int(np.isin(indices, list(bad)).sum())
+        if not known or rows.dtype != torch.float32 or rows.ndim != 2 or len(rows) != good:
+            raise PatchwordError("not the features that its name says")
+    except (PatchwordError, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s cannot be used, the features are computed anew: %s", path, error)
+        return None
+    return _features(rows, source, indices, bad, path)
+
+
+def _write(path: Path, rows: Tensor, bad: dict[int, str]) -> None:
+    """Put the features at `path` in one step, with a SHA-256 over all of them."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{time.monotonic_ns()}")
+    header: dict[str, Any] = {"key": path.stem, "bad": sorted(bad.items())}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(temporary, {"pooled": rows}, header)
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning("the features are not kept for the next time: %s", error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,177 @@
+"""What Google's formats share: the names and layouts of Flax layers, as rules for the engine.
+
+Flax keeps dense kernels `[in, out]`, convolutions `[kh, kw, in, out]`, and attention apart per
+head: q, k and v `[D, h, d]`, the output `[h, d, D]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import floordiv
+from typing import Any, TypeVar
+
+from patchword.spec.model import ModelSpec, PreprocessSpec
+from patchword.spec.parse import PatchwordError, parse, to_dict
+from patchword.weights.mapping import (
+    SAME,
+    TRANSPOSED,
+    Op,
+    Rule,
+    Shapes,
+    chain,
+    each,
+    joined,
+    rule,
+    shape_of,
+    square_grid,
+    viewed,
+)
+
+CONVOLUTION = each(lambda t: t.permute(3, 2, 0, 1), lambda t: t.permute(2, 3, 1, 0))
+"""Theirs `[kh, kw, in, out]`, ours `[out, in, kh, kw]`."""
+GROUP_SCALE = each(lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, 1, -1))
+"""Published GroupNorms are `[1, 1, 1, C]`; Flax since 0.3.6 has `[C]`, which is read too."""
+PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/")
+"""Before the names of a whole model, of its training state, or of a model with an image tower."""
+LAYERS = 1000
+"""More are taken for damage."""
+
+Spec = TypeVar("Spec", bound=ModelSpec)
+
+
+def dense(ours: str, theirs: str) -> list[Rule]:
+    """A dense layer."""
+    return [
+        rule(f"{ours}.weight", f"{theirs}/kernel", TRANSPOSED),
+        rule(f"{ours}.bias", f"{theirs}/bias"),
+    ]
+
+
+def norm(ours: str, theirs: str, op: Op = SAME) -> list[Rule]:
+    """A LayerNorm, or with `GROUP_SCALE` a GroupNorm."""
+    return [
+        rule(f"{ours}.weight", f"{theirs}/scale", op),
+        rule(f"{ours}.bias", f"{theirs}/bias", op),
+    ]
+
+
+def convolution(ours: str, theirs: str) -> list[Rule]:
+    """A convolution without bias."""
+    return [rule(f"{ours}.weight", f"{theirs}/kernel", CONVOLUTION)]
+
+
+def patch_embedding(theirs: str, kernel: Sequence[int]) -> list[Rule]:
+    """The convolution over patches, of shape `kernel`: ours flattens a patch in the same order."""
+    flat = (math.prod(kernel[:3]), kernel[3])
+    return [
+        rule("patch_embedding.weight", f"{theirs}/kernel", chain(viewed(flat, kernel), TRANSPOSED)),
+        rule("patch_embedding.bias", f"{theirs}/bias"),
+    ]
+
+
+def heads_in(ours: str, theirs: str, parts: Sequence[str], width: int, heads: int) -> list[Rule]:
+    """The projections `parts` of an attention layer, one layer of ours."""
+    split = (heads, width // heads)
+    kernel = chain(viewed((width, width), (width, *split)), TRANSPOSED, joined(len(parts)))
+    bias = chain(viewed((width,), split), joined(len(parts)))
+    return [
+        rule((f"{ours}.weight",), tuple(f"{theirs}/{part}/kernel" for part in parts), kernel),
+        rule((f"{ours}.bias",), tuple(f"{theirs}/{part}/bias" for part in parts), bias),
+    ]
+
+
+def heads_out(ours: str, theirs: str, width: int, heads: int) -> list[Rule]:
+    """The output of an attention layer."""
+    kernel = chain(viewed((width, width), (heads, width // heads, width)), TRANSPOSED)
+    return [
+        rule(f"{ours}.weight", f"{theirs}/out/kernel", kernel),
+        rule(f"{ours}.bias", f"{theirs}/out/bias"),
+    ]
+
+
+def encoder_block(theirs: str, parts: Sequence[str], width: int, heads: int) -> list[Rule]:
+    """An encoder block; `parts` are their names of the first norm, attention, second norm and
+    MLP."""
+    norm1, attention, norm2, mlp = (f"{theirs}/{part}" for part in parts)
+    return [
+        *norm("blocks.{i}.norm1", norm1),
+        *heads_in("blocks.{i}.attention.qkv", attention, ("query", "key", "value"), width, heads),
+        *heads_out("blocks.{i}.attention.projection", attention, width, heads),
+        *norm("blocks.{i}.norm2", norm2),
+        *dense("blocks.{i}.mlp.hidden", f"{mlp}/Dense_0"),
+        *dense("blocks.{i}.mlp.output", f"{mlp}/Dense_1"),
+    ]
+
+
+# What shapes tell ---------------------------------------------------------------------------------
+
+
+def prefix_of(shapes: Shapes, name: str) -> str:
+    """What stands before the names of the model that has a tensor `name`; empty if none has."""
+    return next((prefix for prefix in PREFIXES if prefix + name in shapes), "")
+
+
+def ignored_for(prefix: str) -> tuple[str, ...]:
+    """Patterns of what is not the model's: the optimizer's state, another tower."""
+    return (f"(?!{prefix}).*",) if prefix else ("opt/.*", "txt/.*")
+
+
+def classes_in(shapes: Shapes, kernel: str, axes: int = 2) -> int:
+    """How many classes a head's kernel has; 0 without a head."""
+    return shape_of(shapes, kernel, axes)[-1] if kernel in shapes else 0
+
+
+def check_depth(depth: int) -> int:
+    """The number of blocks. Raises `PatchwordError` if there are none, or more than any model's."""
+    if not 1 <= depth <= LAYERS:
+        raise PatchwordError(f"the file has {depth} encoder blocks; it is incomplete or damaged")
+    return depth
+
+
+def has_pre_logits(shapes: Shapes, prefix: str, width: int) -> bool:
+    """Whether there is a pre-logits layer before a head. Raises `PatchwordError` if it is not as
+    wide as the model."""
+    kernel = f"{prefix}pre_logits/kernel"
+    if kernel not in shapes or f"{prefix}head/kernel" not in shapes:
+        return False
+    size = shape_of(shapes, kernel, 2)
+    if size != (width, width):
+        raise PatchwordError(
+            f"the tensor {kernel} is {list(size)}; patchword's pre-logits layer is as wide as the "
+            f"model, [{width}, {width}]"
+        )
+    return True
+
+
+def image_size(
+    entries: int, patch: tuple[int, int], hints: dict[str, Any], name: str
+) -> tuple[int, int]:
+    """The image size that a tensor `name` for `entries` patches is for: the user's if it has so
+    many, else the square one. Raises `PatchwordError` if there is none."""
+    size = hints.get("image_size")
+    if size is not None and min(patch) and entries == math.prod(map(floordiv, size, patch)):
+        return (size[0], size[1])
+    return square_grid(entries, patch, name)
+
+
+def assumed_size(patch: int, hints: dict[str, Any]) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """The image size that no tensor tells: the user's, else about 224, and a note that says so."""
+    size = hints.get("image_size")
+    if size is not None:
+        return (size[0], size[1]), ()
+    side = max(1, round(224 / max(patch, 1))) * patch
+    note = f"the file does not say the image size: {side} x {side} is assumed; set image_size"
+    return (side, side), (note,)
+
+
+def with_hints(spec: Spec, hints: dict[str, Any]) -> Spec:
+    """The spec with what a user set. Raises `UsageError` on unknown fields and bad values."""
+    known = {name: value for name, value in hints.items() if name != "image_size"}
+    return parse(type(spec), to_dict(spec) | known) if known else spec
+
+
+def preprocess(channels: int, **options: Any) -> PreprocessSpec:
+    """Pixels from -1 to 1, bilinear."""
+    halves = (0.5,) * channels
+    return PreprocessSpec(mean=halves, std=halves, interpolation="bilinear", **options)

@@ -1,0 +1,322 @@
+"""Models from weight files: patchword's own, and those of the formats that it knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from patchword.models.model import Model, init_lecun
+from patchword.models.position import resample_positions
+from patchword.models.zoo import build_model, resized, spec_from_dict, variant_name
+from patchword.spec.model import (
+    CalibrationSpec,
+    MixerSpec,
+    ModelSpec,
+    PreprocessSpec,
+    ResNetSpec,
+    ViTSpec,
+)
+from patchword.spec.parse import PatchwordError, UsageError, parse, to_dict
+from patchword.weights import mapping
+from patchword.weights.files import KEY, Container, open_container
+from patchword.weights.formats import Format, recognise
+from patchword.weights.mapping import Found
+from patchword.weights.native import load_tensors, read_header
+
+logger = logging.getLogger("patchword")
+LARGEST_FIXED = 64 << 20
+"""Bytes of a fixed position table that a file may ask for, whatever its own size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsFile:
+    """What a weight file says of itself, or its names and shapes tell."""
+
+    path: Path
+    spec: ModelSpec
+    preprocess: PreprocessSpec
+    classes: tuple[str, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """what patchword's writer added, such as the step"""
+    calibration: CalibrationSpec | None = None
+    format: str = "patchword"
+    notes: tuple[str, ...] = ()
+    """what was assumed, and whatever else a user should know"""
+
+    @property
+    def model(self) -> str:
+        """The name of its variant."""
+        return variant_name(self.spec)
+
+    def __str__(self) -> str:
+        height, width = self.spec.image_size
+        head = f"{self.spec.num_classes:,} classes" if self.spec.num_classes else "no head"
+        what = f"{self.path}: {self.format} weights of {self.model}, {height}x{width} px, {head}"
+        return "; ".join([what, *self.notes])
+
+
+def describe_weights(path: str | Path, *, trust_pickle: bool = False, **hints: Any) -> WeightsFile:
+    """What a weight file, folder, run directory or `hub:ORG/NAME` holds, from names, shapes and
+    configuration; no tensor is read. Takes and raises what `read_weights` does."""
+    return _described(open_container(path, trust_pickle=trust_pickle), hints)[0]
+
+
+def read_weights(
+    path: str | Path, *, trust_pickle: bool = False, **hints: Any
+) -> tuple[dict[str, Tensor], WeightsFile]:
+    """The tensors of a weight file, folder, run directory or `hub:ORG/NAME`, float32 under our
+    names, and its description.
+
+    `hints` are fields of the spec that the tensors of a foreign format do not tell (heads,
+    activation, norm_eps); they win over what is inferred. `image_size`, (height, width), is taken
+    where it is one for which a position table has so many entries. Raises `PatchwordError` if
+    the file is missing, damaged, in no known format, or not finite, or if it is a pickle without
+    `trust_pickle`; `UsageError` on unknown hints.
+    """
+    container = open_container(path, trust_pickle=trust_pickle)
+    where = container.path
+    ours = load_tensors(where)[0] if KEY in container.metadata else {}
+    file, found = _described(container, hints)
+    if found is None:
+        return {name: _checked(value, f"{where}: {name}") for name, value in ours.items()}, file
+    return mapping.read(
+        lambda name: _checked(container.tensor(name), f"{where}: {name}"),
+        container.shapes,
+        found,
+        str(where),
+    ), file
+
+
+def _checked(value: Tensor, what: str) -> Tensor:
+    if not value.is_floating_point():
+        raise PatchwordError(f"{what} is {value.dtype}, not floating point; use another copy")
+    value = value.float()
+    if value.numel() and not all(torch.isfinite(end) for end in value.aminmax()):
+        raise PatchwordError(f"{what} has values that are not finite; use another copy")
+    return value
+
+
+def _described(container: Container, hints: dict[str, Any]) -> tuple[WeightsFile, Found | None]:
+    """The description, and for a foreign format what it found."""
+    if KEY in container.metadata:
+        said = [name for name in hints if name != "image_size"]
+        if said:
+            raise UsageError(f"{container.path} itself says its {', '.join(said)}; leave that out")
+        file, found = _native(container), None
+    else:
+        known, found = _foreign(container, hints)
+        fits = len(found.classes) in (0, found.spec.num_classes)
+        file = WeightsFile(
+            path=container.path,
+            spec=found.spec,
+            preprocess=found.preprocess,
+            classes=found.classes if fits else (),
+            format=known.name,
+            notes=found.notes,
+        )
+    _check_honest(file.spec, container)
+    return file, found
+
+
+def _native(container: Container) -> WeightsFile:
+    header, path = read_header(container.path, container.metadata), container.path
+    try:
+        model, classes, extra = header["model"], header["classes"], header["extra"]
+        measured = header.get("calibration")
+        kinds = isinstance(model, dict), isinstance(classes, list), isinstance(extra, dict)
+        if not all(kinds) or not all(isinstance(name, str) for name in classes):
+            raise UsageError("model, classes or extra is of the wrong type")
+        return WeightsFile(
+            path=path,
+            spec=spec_from_dict(model),
+            preprocess=parse(PreprocessSpec, header["preprocess"]),
+            classes=tuple(classes),
+            extra=extra,
+            calibration=None if measured is None else parse(CalibrationSpec, measured),
+        )
+    except KeyError as error:
+        raise PatchwordError(f"{path} holds no model: its header lacks {error}") from None
+    except UsageError as error:
+        raise PatchwordError(f"{path} is damaged or newer than this patchword: {error}") from None
+
+
+def _foreign(container: Container, hints: dict[str, Any]) -> tuple[Format, Found]:
+    path, shapes, config = container.path, container.shapes, container.config
+    firm = {name: value for name, value in hints.items() if name != "image_size"}
+    try:
+        known = recognise(shapes, config, str(path))
+        found = known.find(shapes, config, hints)
+        spec = parse(type(found.spec), to_dict(found.spec) | firm)
+    except PatchwordError as error:
+        if firm and isinstance(error, UsageError):
+            raise
+        said = str(error)
+        raise PatchwordError(said if str(path) in said else f"{path}: {said}") from None
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise PatchwordError(
+            f"{path}: its tensors or its config.json make no sense ({type(error).__name__}: "
+            f"{error}); use another copy"
+        ) from None
+    return known, dataclasses.replace(found, spec=spec)
+
+
+def _check_honest(spec: ModelSpec, container: Container) -> None:
+    """Raises `PatchwordError` if building the spec's model would take more than its file holds."""
+    fixed = 0
+    match spec:
+        case ViTSpec():
+            blocks = spec.depth + sum(spec.stem.layers if spec.stem else ())
+            if spec.position in ("sincos2d", "rotary"):
+                tables = spec.depth if spec.position_at == "every" else 1
+                fixed = 4 * math.prod(spec.grid) * spec.width * tables
+        case ResNetSpec():
+            blocks = sum(spec.layers)
+        case MixerSpec():
+            blocks = spec.depth
+        case _:
+            raise TypeError(f"{type(spec).__name__} is no family of models")
+    if blocks > len(container.shapes) or fixed > LARGEST_FIXED + container.path.stat().st_size:
+        raise PatchwordError(
+            f"{container.path} is damaged: it claims to be {variant_name(spec)} for "
+            f"{spec.image_size[0]}x{spec.image_size[1]} px, but is too small; use another copy"
+        )
+
+
+def load_model(
+    path: str | Path,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    trust_pickle: bool = False,
+    **hints: Any,
+) -> Model:
+    """The model of a weight file, run directory, folder, `hub:ORG/NAME` or name of `PRETRAINED`, in
+    evaluation mode and float32; the format is recognised by its content, and the log says what was
+    found.
+
+    With another `image_size` (pixels, one side or (height, width)) the position table is resampled
+    in 2-D, and the log says so. `hints` as in `read_weights`. Raises `PatchwordError` if the file
+    is missing, damaged, or does not fit its own spec.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    given = hints if size is None else hints | {"image_size": size}
+    tensors, file = read_weights(path, trust_pickle=trust_pickle, **given)
+    _say_found(file)
+    spec = resized(file.spec, size or file.spec.image_size)
+    model = _assembled(tensors, file, spec, classes=file.classes)
+    model.calibration = file.calibration
+    if file.calibration is not None and spec.image_size != file.spec.image_size:
+        logger.warning(
+            "%s was calibrated at %dx%d px; at %dx%d px its probabilities may be off: calibrate "
+            "it again",
+            *(file.path, *file.spec.image_size, *spec.image_size),
+        )
+    return model.requires_grad_(True).to(device).eval()
+
+
+def transfer(
+    path: str | Path,
+    *,
+    num_classes: int,
+    image_size: tuple[int, int],
+    trust_pickle: bool = False,
+    **options: Any,
+) -> Model:
+    """A model to fine-tune: the saved body, a zero-initialised linear head for `num_classes`, and
+    the position table resampled to `image_size` (section 3.2).
+
+    `options` are regularisers of the spec to change (dropout, drop_path), or another `head`.
+    Raises `PatchwordError` if an option would change the body's tensors.
+    """
+    tensors, file = read_weights(path, trust_pickle=trust_pickle, image_size=image_size)
+    _say_found(file)
+    head = {"head": "linear"} if isinstance(file.spec, ViTSpec) else {}
+    values = to_dict(resized(file.spec, image_size)) | head | {"num_classes": num_classes}
+    spec = parse(type(file.spec), values | options)
+    return _assembled(tensors, file, spec, fresh_head=True).requires_grad_(True)
+
+
+def _say_found(file: WeightsFile) -> None:
+    if file.format != "patchword":
+        logger.info("%s", file)
+
+
+def _assembled(
+    tensors: dict[str, Tensor],
+    file: WeightsFile,
+    spec: ModelSpec,
+    *,
+    classes: tuple[str, ...] = (),
+    fresh_head: bool = False,
+) -> Model:
+    """The model of `spec` with a file's tensors, which it takes over without a copy."""
+    _check_fit(tensors, _unfilled(file.spec, file.path), file.path)
+    if (
+        isinstance(spec, ViTSpec)
+        and isinstance(file.spec, ViTSpec)
+        and resample_positions(tensors, file.spec, spec)
+    ):
+        logger.warning(
+            "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
+            *(file.path, *file.spec.grid, *spec.grid, *spec.image_size),
+        )
+    model = _unfilled(spec, file.path)
+    model.preprocess, model.classes = file.preprocess, classes
+    if fresh_head:
+        for name in [name for name in tensors if name.startswith(model.HEADS)]:
+            del tensors[name]
+        tensors |= _fresh_head(model)
+    _check_fit(tensors, model, file.path)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no normal numbers: a meta tensor has none, and torch loads its compiler to say so."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        return given["tensor"] if func is nn.init.normal_ else func(*args, **given)
+
+
+def _unfilled(spec: ModelSpec, path: Path) -> Model:
+    """A model without memory for its parameters. Raises `PatchwordError` if none has that much."""
+    try:
+        with torch.device("meta"), _Undrawn():
+            return build_model(spec)
+    except RuntimeError as error:
+        raise PatchwordError(f"{path}: its model cannot be built: {error}") from None
+
+
+def _fresh_head(model: Model) -> dict[str, Tensor]:
+    """What a new head starts from: zeros (section 3.2), a hidden layer as `init_weights` has it."""
+    shapes = {n: v.shape for n, v in model.state_dict().items() if n.startswith(model.HEADS)}
+    fresh = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if "pre_logits.weight" in fresh:
+        init_lecun(fresh["pre_logits.weight"])
+    return fresh
+
+
+def _check_fit(tensors: Mapping[str, Tensor], model: Model, path: Path) -> None:
+    """Raises `PatchwordError` unless names and shapes are the model's."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
+    problems += [f"{name} is unexpected" for name in given.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {list(given[name])}, not {list(wanted[name])}"
+        for name in wanted.keys() & given.keys()
+        if wanted[name] != given[name]
+    ]
+    mapping.fail_if(sorted(problems), str(path))
