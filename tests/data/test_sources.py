@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from patchword.data import parquet, sources
+from patchword.data.contents import BLOCK, digest_files
 from patchword.data.images import BadImage, decode
-from patchword.data.sources import open_source
+from patchword.data.sources import ArrayReader, open_source
 from patchword.spec.parse import PatchwordError
 
 
@@ -88,6 +89,78 @@ def test_fingerprints_follow_the_data_not_the_place(folder, tmp_path):
     assert open_source(str(moved)).fingerprint == first
     (moved / "b" / "000.png").rename(moved / "a" / "new.png")
     assert open_source(str(moved)).fingerprint != first
+
+
+def _swap(path):
+    """Other bytes, as many."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_fingerprints_are_of_contents_not_of_times(folder, monkeypatch, whole):
+    monkeypatch.setattr(sources, "WHOLE_BYTES", 1 << 31 if whole else 10)
+    root = folder({"a": 2, "b": 1}, size=(80, 90))
+    first = open_source(str(root)).fingerprint
+    os.utime(root / "a/000.png", (0, 0))
+    assert open_source(str(root)).fingerprint == first
+    _swap(root / "a/000.png")
+    second = open_source(str(root)).fingerprint
+    assert second != first
+    (root / "b/000.png").unlink()
+    (root / "b/000.png").symlink_to(root / "nowhere")  # not in the source
+    assert open_source(manifest(root, "path,label\na/000.png,a\nb/000.png,b\n")).fingerprint
+
+
+def test_a_sample_is_blocks_from_end_to_end(tmp_path):
+    path = tmp_path / "file"
+    size = 5 << 20
+    path.write_bytes(bytes(size))
+
+    def seen(at):
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"x")
+            file.flush()
+            changed = digest_files([str(path)], whole=False) != plain
+            file.seek(at)
+            file.write(b"\0")
+        return changed
+
+    plain = digest_files([str(path)], whole=False)
+    assert plain != digest_files([str(path)], whole=True)
+    assert all(map(seen, (0, BLOCK - 1, (size - BLOCK) // 4, size // 2, size - BLOCK, size - 1)))
+    assert not any(map(seen, (BLOCK, size - BLOCK - 1)))
+    path.write_bytes(bytes(size + 1))
+    assert digest_files([str(path)], whole=False) != plain
+
+
+def test_files_that_cannot_be_read_have_a_digest_without_being_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"one")
+    names = ["pipe", "gone", "file", "a\0"]
+    paths = [str(tmp_path / name) for name in names]
+    made = digest_files(paths, whole=True)
+    assert made == digest_files(paths, whole=True)
+    (tmp_path / "gone").write_bytes(b"")
+    assert made != digest_files(paths, whole=True)
+
+
+def test_fingerprints_of_arrays_are_of_their_pixels(labelled):
+    source = labelled([0, 1])
+    other = ArrayReader(np.ones((2, 2, 2, 3), np.uint8), "made")
+    changed = dataclasses.replace(source, reader=other)
+    assert changed.fingerprint != source.fingerprint
+    assert changed.size_fingerprint == source.size_fingerprint
+
+
+def test_workers_get_the_fingerprint_ready_made(folder, monkeypatch):
+    source = open_source(str(folder({"a": 2})))
+    first = source.fingerprint
+    copy = pickle.loads(pickle.dumps(source))
+    monkeypatch.setattr(sources, "digest_files", None)
+    assert copy.fingerprint == first
 
 
 def manifest(root, text):
@@ -270,6 +343,25 @@ def test_parquet_errors(tmp_path, write):
         open_source(str(tmp_path / "junk.parquet"))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_fingerprints_of_parquet_are_of_its_bytes(tmp_path, monkeypatch, whole):
+    """As many bytes, other pixels: bitmaps."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(sources, "WHOLE_BYTES", 1 << 31 if whole else 10)
+    prints, sizes = set(), set()
+    for name, first in (("one", 1), ("same", 1), ("other", 2)):
+        images = [bytes([first]) * 5000, bytes([3 - first]) * 5000]
+        path = tmp_path / name / "train.parquet"
+        path.parent.mkdir()
+        pq.write_table(pa.table({"image": images, "label": [0, 1]}), path)
+        source = open_source(str(path))
+        prints.add(source.fingerprint)
+        sizes.add(source.size_fingerprint)
+    assert (len(prints), len(sizes)) == (2, 1)
+
+
 def test_rows_without_an_image_are_bad(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -351,6 +443,31 @@ def test_the_hub_is_read_without_decoding(monkeypatch):
     assert source.labels.tolist() == [0, 1, 1, 0, 1] * 2
     assert source.read(6) == b"no image validationvalidation"
     assert source.location(6) == "hub:org/birds val row 1"
+
+
+def test_hub_sets_are_told_apart(monkeypatch):
+    """Of as many rows and the same classes, by name, content and commit."""
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["wren", "auk"])}
+    )
+
+    def source(name="org/birds", value=b"a", commit=None):
+        rows = {"image": [{"bytes": value, "path": None}] * 3, "label": [0, 1, 1]}
+        data = datasets.Dataset.from_dict(rows, features=features)
+        if commit:
+            url = f"hf://datasets/org/birds@{commit}/train.parquet"
+            data.info.download_checksums = {url: {"num_bytes": 9, "checksum": None}}
+        made = datasets.DatasetDict({"train": data})
+        monkeypatch.setattr(datasets, "load_dataset", lambda asked: made)
+        return open_source(f"hub:{name}")
+
+    first = source()
+    others = [source(value=b"b"), source("org/birds-c"), source(commit="1a"), source(commit="2b")]
+    assert len({one.fingerprint for one in (first, *others)}) == 5
+    assert source().fingerprint == first.fingerprint
+    assert pickle.loads(pickle.dumps(first)).fingerprint == first.fingerprint
 
 
 @pytest.mark.parametrize(

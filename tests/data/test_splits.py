@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_changed_data_are_named(tmp_path, folder):
     content = (root / "cat/003.png").read_bytes()
 
     (root / "cat/003.png").write_bytes(content + b"\0")
-    with pytest.raises(PatchwordError, match="file sizes changed; restore"):
+    with pytest.raises(PatchwordError, match="file contents changed; restore"):
         load_division(path, open_source(str(root)))
     (root / "cat/003.png").unlink()
     (root / "dog/extra.png").write_bytes(content)
@@ -138,6 +139,45 @@ def test_changed_data_are_named(tmp_path, folder):
         load_division(path, open_source(str(root)))
     assert "1 gone (such as cat/003.png), 1 new (such as dog/extra.png)" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def as_of_old(path, source, parts):
+    """Write a division as versions did that knew file sizes only."""
+    made = {
+        "files": "\0".join(source.keys).encode(),
+        "labels": source.labels.astype("<i8").tobytes(),
+        "classes": "\0".join(source.classes).encode(),
+        "file sizes": source.sizes.astype("<i8").tobytes(),
+    }
+    digests = {what: hashlib.sha256(data).hexdigest() for what, data in made.items()}
+    content = {
+        "fingerprint": hashlib.sha256("".join(digests.values()).encode()).hexdigest(),
+        "digests": digests,
+    }
+    content |= {part: [source.keys[i] for i in at] for part, at in parts.items()}
+    path.write_text(json.dumps(content, indent=0))
+
+
+def test_a_division_of_an_earlier_version_is_matched_by_its_keys(tmp_path, folder, caplog):
+    root = folder({"cat": 12, "dog": 9})
+    source = open_source(str(root))
+    parts = divide(source, val=0.2, test=0.2, seed=0)
+    path = tmp_path / "splits.json"
+    as_of_old(path, source, parts)
+    caplog.set_level("INFO")
+    loaded = load_division(path, source)
+    assert all(np.array_equal(parts[part], loaded[part]) for part in parts)
+    (record,) = caplog.records
+    assert "of an earlier version: its images are matched by name" in record.getMessage()
+    caplog.clear()
+    save_division(path, source, parts)
+    load_division(path, source)
+    assert not caplog.records
+
+    as_of_old(path, source, parts)
+    (root / "cat/003.png").write_bytes(b"")
+    with pytest.raises(PatchwordError, match="file sizes changed; restore"):
+        load_division(path, open_source(str(root)))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"fingerprint": 1}'])

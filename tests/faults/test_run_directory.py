@@ -1,12 +1,15 @@
 """What the same command, another one, or a second process does to a run directory."""
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from patchword.data.sources import open_source
 from patchword.run import folder as runs
 from patchword.spec.parse import PatchwordError, UsageError
 from patchword.training.checkpoint import Checkpoints
@@ -27,6 +30,42 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, train, command, shell):
     assert done.returncode == 0
     assert f"{run} is finished; --overwrite trains it again" in done.stderr.replace("\n", "")
     assert snapshot(run) == before
+
+
+def test_a_run_directory_of_an_earlier_version_resumes(
+    tmp_path, train, stopped_at, state_of, caplog
+):
+    """Which knows file sizes in place of contents; what its version would have noticed is said."""
+    train(tmp_path / "whole")
+    run = tmp_path / "run"
+    with pytest.raises(stopped_at(4)):
+        train(run)
+    source = open_source("digits")
+    made = {
+        "files": "\0".join(source.keys).encode(),
+        "labels": source.labels.astype("<i8").tobytes(),
+        "classes": "\0".join(source.classes).encode(),
+        "file sizes": np.full(1797, 64, "<i8").tobytes(),
+    }
+    digests = {what: hashlib.sha256(data).hexdigest() for what, data in made.items()}
+    old = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+
+    def pretend(environment, **division):
+        for name, changes in (("environment.json", environment), ("splits.json", division)):
+            content = json.loads((run / name).read_text()) | changes
+            (run / name).write_text(json.dumps(content))
+
+    pretend({"data_fingerprint": "0" * 64}, fingerprint=old, digests=digests)
+    caplog.set_level("INFO")
+    with pytest.raises(stopped_at(7)):
+        train(run)
+    assert f"data_fingerprint {'0' * 64} -> {source.fingerprint}" in caplog.text
+    caplog.clear()
+    pretend({"data_fingerprint": old})
+    train(run)
+    assert "not as when the run started" not in caplog.text
+    assert caplog.text.count("is of an earlier version: its images are matched by name") == 1
+    assert state_of(run) == state_of(tmp_path / "whole")
 
 
 def test_other_settings_are_refused_and_named(tmp_path, train, command, shell):

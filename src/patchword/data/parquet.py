@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from patchword.data.contents import digest_files
 from patchword.data.images import BadImage
 from patchword.data.sources import SPLITS, Source, group_parts, short_name
 from patchword.spec.parse import PatchwordError
@@ -243,6 +245,10 @@ class ParquetReader:
         first = self._starts[self._groups.index((file, 0))]
         return f"{self._files[file]} row {index - first}"
 
+    def digest(self, *, whole: bool) -> str:
+        """SHA-256 (hex) of the files, as `digest_files` takes it."""
+        return digest_files(self._files, whole=whole)
+
 
 # The hub -----------------------------------------------------------------------------------------
 
@@ -250,8 +256,11 @@ class ParquetReader:
 class HubReader:
     """Images of the parts of a hub data set, one after another."""
 
-    def __init__(self, name: str, parts: dict[str, Any], column: str) -> None:
+    def __init__(
+        self, name: str, parts: dict[str, Any], column: str, identities: list[Any]
+    ) -> None:
         self._name, self._parts, self._column = name, list(parts.items()), column
+        self._identities = identities
         self._starts = np.cumsum([0, *(len(part) for part in parts.values())]).tolist()
 
     def _find(self, index: int) -> tuple[str, Any, int]:
@@ -274,6 +283,19 @@ class HubReader:
     def location(self, index: int) -> str:
         part, _, row = self._find(index)
         return f"hub:{self._name} {part} row {row}"
+
+    def digest(self, *, whole: bool) -> str:
+        """SHA-256 (hex) of the name on the hub and `_identity` of each part; no image is read."""
+        text = json.dumps([self._name, self._identities], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(data: Any) -> list[Any]:
+    """What `datasets` knows a part by: its own fingerprint, which for a data set of the hub holds
+    name, configuration, version and commit, for one in memory the values; the version; and the
+    files it was made of, whose addresses name the commit, with their checksums."""
+    sums = data.info.download_checksums or {}
+    return [data._fingerprint, str(data.info.version), sorted(map(str, sums.items()))]
 
 
 def open_hub(name: str) -> Source:
@@ -300,6 +322,7 @@ def open_hub(name: str) -> Source:
     image, label = (_hub_column(features, names, where) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     keys: list[str] = []
     values: list[Any] = []
+    identities: list[Any] = []
     for part, data in list(parts.items()):
         found = list(data.select_columns([label])[:][label])
         if _unlabelled(found, f"hub:{name} {part}"):
@@ -307,6 +330,7 @@ def open_hub(name: str) -> Source:
             continue
         keys += [f"{part}/{row}" for row in range(len(data))]
         values += found
+        identities.append([part, *_identity(data)])
         parts[part] = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     classes, labels = _classes(values, getattr(features[label], "names", None), f"hub:{name}")
     return Source(
@@ -315,7 +339,7 @@ def open_hub(name: str) -> Source:
         labels=labels,
         keys=tuple(keys),
         sizes=np.array([len(data) for data in parts.values()], np.int64),
-        reader=HubReader(name, parts, image),
+        reader=HubReader(name, parts, image, identities),
         parts=group_parts([key.split("/", 1)[0] for key in keys]),
     )
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from patchword.data.contents import WHOLE_BYTES, digest_files
 from patchword.data.images import BadImage
 from patchword.spec.parse import PatchwordError
 
@@ -39,6 +40,7 @@ class Reader(Protocol):
 
     def read(self, index: int) -> bytes | np.ndarray: ...
     def location(self, index: int) -> str: ...
+    def digest(self, *, whole: bool) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,19 +76,41 @@ class Source:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """sha256 of each thing that makes the data what they are."""
+        """sha256 of each thing that makes the data what they are.
+
+        The contents are all bytes of the files where these are together at most `WHOLE_BYTES`
+        (2 GiB), else a sample of each (`digest_files`), read once; the pixels of arrays; of a data
+        set of the hub, what `HubReader.digest` says.
+        """
+        whole = int(self.sizes.clip(0).sum()) <= WHOLE_BYTES
+        return self._named() | {"file contents": self.reader.digest(whole=whole)}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over keys, labels, classes and contents; wherever the data lie."""
+        return _sha256("".join(self.digests.values()).encode())
+
+    @cached_property
+    def size_digests(self) -> dict[str, str]:
+        """As `digests`, with sizes for contents: what run directories of earlier versions hold."""
+        return self._named() | {"file sizes": _sha256(self.sizes.astype("<i8").tobytes())}
+
+    @property
+    def size_fingerprint(self) -> str:
+        """sha256 (hex) over keys, labels, classes and file sizes."""
+        return _sha256("".join(self.size_digests.values()).encode())
+
+    def _named(self) -> dict[str, str]:
         made = {
             "files": _bytes(self.keys),
             "labels": self.labels.astype("<i8").tobytes(),
             "classes": _bytes(self.classes),
-            "file sizes": self.sizes.astype("<i8").tobytes(),
         }
-        return {what: hashlib.sha256(data).hexdigest() for what, data in made.items()}
+        return {what: _sha256(data) for what, data in made.items()}
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) over keys, labels, classes and file sizes."""
-        return hashlib.sha256("".join(self.digests.values()).encode()).hexdigest()
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _bytes(names: Sequence[str]) -> bytes:
@@ -148,6 +172,10 @@ class ArrayReader:
     def location(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
+    def digest(self, *, whole: bool) -> str:
+        """SHA-256 (hex) of shape and pixels, always all of them."""
+        return _sha256(str(self.images.shape).encode() + self.images.tobytes())
+
 
 @dataclass(frozen=True)
 class FileReader:
@@ -172,6 +200,10 @@ class FileReader:
 
     def location(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
+
+    def digest(self, *, whole: bool) -> str:
+        """SHA-256 (hex) of the files, as `digest_files` takes it."""
+        return digest_files([os.path.join(self.root, path) for path in self.paths], whole=whole)
 
 
 # Digits ------------------------------------------------------------------------------------------

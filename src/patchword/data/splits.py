@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from patchword.data.sources import Source
 from patchword.spec.data import DataSpec
 from patchword.spec.parse import PatchwordError
 
+logger = logging.getLogger("patchword")
 FILE = "splits.json"
 """the record of a division in a run directory"""
 
@@ -110,7 +112,11 @@ def save_division(path: str | Path, source: Source, division: Division) -> None:
 
 def load_division(path: str | Path, source: Source) -> Division:
     """The division that `save_division` wrote. Raises `NoDivision` if the data have changed, or
-    the file is damaged."""
+    the file is damaged.
+
+    One of an earlier version, which knows the sizes of files but not their contents, is told by its
+    fingerprint and holds where names, labels, classes and sizes are the same; the log says so.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         saved = {part: list(content[part]) for part in ("train", "val", "test")}
@@ -121,8 +127,10 @@ def load_division(path: str | Path, source: Source) -> Division:
             f"{path} cannot be read as a division ({error})", "start a new run"
         ) from None
     position = {key: i for i, key in enumerate(source.keys)}
-    if fingerprint != source.fingerprint:
-        changed = [what for what, digest in source.digests.items() if digests.get(what) != digest]
+    old = "file sizes" in digests
+    if fingerprint != (source.size_fingerprint if old else source.fingerprint):
+        now = source.size_digests if old else source.digests
+        changed = [what for what, digest in now.items() if digests.get(what) != digest]
         known = {key for keys in saved.values() for key in keys}
         gone, new = known - position.keys(), position.keys() - known
         details = [
@@ -133,6 +141,12 @@ def load_division(path: str | Path, source: Source) -> Division:
         how = ", ".join([f"{' and '.join(changed)} changed", *details])
         raise NoDivision(
             f"the data are not those of {path}: {how}", "restore them, or start a new run"
+        )
+    if old:
+        logger.info(
+            "%s is of an earlier version: its images are matched by name, label and size, not by "
+            "their contents",
+            path,
         )
     try:
         return {

@@ -364,6 +364,8 @@ def note_changes(run: Path, source: Source) -> None:
     except (OSError, ValueError):
         return
     now = environment(source)
+    if before.get("data_fingerprint") == source.size_fingerprint:  # of an earlier version
+        del now["data_fingerprint"]
     changes = [
         f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]
     ]
