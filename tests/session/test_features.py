@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from patchword import PatchwordError, UsageError, ViT, create_model, load_model, save_model
+from patchword.data.images import BadImage
 from patchword.data.sources import Source, open_source
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.models.model import Model
@@ -154,15 +155,11 @@ def _preprocess(model: Model, source: Source) -> tuple[Model, Source, dict[str, 
     return model, source, {}
 
 
-def _data(model: Model, source: Source) -> tuple[Model, Source, dict[str, Any]]:
-    return model, dataclasses.replace(source, sizes=source.sizes + 1), {}
-
-
 def _precision(model: Model, source: Source) -> tuple[Model, Source, dict[str, Any]]:
     return model, source, {"precision": "bfloat16"}
 
 
-@pytest.mark.parametrize("change", [_weights, _spec, _preprocess, _data, _precision])
+@pytest.mark.parametrize("change", [_weights, _spec, _preprocess, _precision])
 def test_what_changes_features_is_noticed(
     model: Model, source: Source, tmp_path: Path, change: Any
 ):
@@ -172,8 +169,65 @@ def test_what_changes_features_is_noticed(
     assert second.cached is None
     assert len(list(tmp_path.iterdir())) == 2
     assert first.pooled.shape == second.pooled.shape
-    if change is not _data:
-        assert not torch.equal(first.pooled, second.pooled)
+    assert not torch.equal(first.pooled, second.pooled)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "ppm"])
+def test_files_of_one_size_with_other_pixels_are_other_data(
+    model: Model, tmp_path: Path, kind: str
+):
+    root, cache = tmp_path / "noise", tmp_path / "cache"
+
+    def features(seed: int) -> Features:
+        rng = np.random.default_rng(seed)
+        for name in ("dark", "light"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"0.{kind}")
+        source = open_source(str(root))
+        return extract(model, source, np.arange(2), device="cpu", cache=cache)
+
+    first, other, again = features(0), features(1), features(0)
+    assert other.cached is None
+    assert not torch.equal(first.pooled, other.pooled)
+    assert again.cached is not None
+    assert torch.equal(first.pooled, again.pooled)
+
+
+class Faulty:
+    """Reads as another reader does, but for some images, which it fails to read so many times."""
+
+    def __init__(self, reader: Any, faults: dict[int, int]) -> None:
+        self.reader, self.faults = reader, faults
+        self.location, self.digest = reader.location, reader.digest
+
+    def read(self, index: int) -> Any:
+        if self.faults.get(index, 0):
+            self.faults[index] -= 1
+            raise BadImage("Input/output error")
+        return self.reader.read(index)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_read_errors_are_not_for_ever(
+    model: Model, source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture, times: int
+):
+    """Whether the fault lasts for the pass, or for the next command too; 2 is always broken."""
+    caplog.set_level("INFO")
+    whole = take(model, source, False)
+    faulty = dataclasses.replace(source, reader=Faulty(source.reader, {8: times}))
+    first = take(model, faulty, tmp_path)
+    assert dict(first.bad).keys() == {2, 8}
+    found = take(model, faulty, tmp_path)
+    if times == 3:  # tried once in the pass, once after it, and once by the second command
+        assert found.cached is not None
+        assert dict(found.bad).keys() == {2, 8}
+        found = take(model, faulty, tmp_path)
+    assert found.cached is None
+    assert "1 of the images that could not be read can be by now" in caplog.text
+    assert torch.equal(found.pooled, whole.pooled)
+    assert dict(found.bad).keys() == {2}
+    assert take(model, faulty, tmp_path).cached is not None
 
 
 def test_other_positions_are_other_features(model: Model, source: Source, tmp_path: Path):

@@ -20,6 +20,7 @@ import PIL
 import torch
 from torch import Tensor
 
+from patchword.data.images import BadImage
 from patchword.data.loader import OnBad, eval_batches
 from patchword.data.sources import Source
 from patchword.data.transforms import EvalTransform, to_input
@@ -29,7 +30,7 @@ from patchword.spec.parse import PatchwordError, UsageError, nearest, to_dict
 from patchword.weights.native import load_tensors, save_tensors
 
 logger = logging.getLogger("patchword")
-VERSION = 1
+VERSION = 2
 """Raised when the same model and images come to give other features."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_FIELDS = frozenset({"num_classes", "head", "probability"})
@@ -84,7 +85,9 @@ def extract(
     With `cache`, a folder or True for `cache_folder()`, the result is kept in a file named after
     all that it depends on (`cache_key`), and read from there if it is there, whole and of the right
     shape; the log says so. A damaged file is computed anew and replaced; a disk that cannot be
-    written costs a warning.
+    written costs a warning. An image whose bytes could not be read (a fault of the disk, a missing
+    file) is tried again each time, and all is computed anew once it can be; one that does not
+    decode stays bad, as its bytes are part of the key.
 
     `precision`, float32 or bfloat16, is that of the forward pass. Raises `UsageError` on others,
     and `PatchwordError` if no image can be read, with `on_bad="fail"` if one cannot, and if a
@@ -107,7 +110,9 @@ def extract(
         model, source, indices, device, batch_size, workers, precision, on_bad, progress
     )
     if path is not None:
-        _write(path, rows, bad)
+        transform = EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
+        unread = [index for index in bad if not _decodes_badly(source, index, transform)]
+        _write(path, rows, bad, unread)
     return _features(rows, source, indices, bad, None)
 
 
@@ -120,8 +125,9 @@ def cache_folder() -> Path:
 
 def cache_key(model: Model, source: Source, indices: np.ndarray, precision: str) -> str:
     """SHA-256 (hex) of what features depend on: the body's weights and spec, the preprocessing,
-    the data's fingerprint (names, labels, classes and file sizes), the positions, the precision,
-    and the versions of this code and Pillow.
+    the data's fingerprint (`Source.digests`: names, labels, classes, and the contents of files, or
+    for a data set of the hub its name and versions), the positions, the precision, and the versions
+    of this code and Pillow.
 
     The head counts for nothing: a model with new classes has the same features. Nor does the
     device, whose rounding differs by parts in a million.
@@ -217,18 +223,48 @@ def _read(path: Path, source: Source, indices: np.ndarray) -> Features | None:
         rows = tensors["pooled"]
         known = set(bad) <= set(indices.tolist()) and header["key"] == path.stem
         good = len(indices) - int(np.isin(indices, list(bad)).sum())
+        unread = [int(index) for index in header["unread"]]
         if not known or rows.dtype != torch.float32 or rows.ndim != 2 or len(rows) != good:
             raise PatchwordError("not the features that its name says")
     except (PatchwordError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning("%s cannot be used, the features are computed anew: %s", path, error)
         return None
+    if back := sum(_read_of(source, index) is not None for index in unread):
+        logger.info(
+            "%d of the images that could not be read can be by now: the features in %s are "
+            "computed anew",
+            back,
+            path,
+        )
+        return None
     return _features(rows, source, indices, bad, path)
 
 
-def _write(path: Path, rows: Tensor, bad: dict[int, str]) -> None:
-    """Put the features at `path` in one step, with a SHA-256 over all of them."""
+def _read_of(source: Source, index: int) -> bytes | np.ndarray | None:
+    """What is read of an image, None if it cannot be."""
+    try:
+        return source.read(index)
+    except BadImage:
+        return None
+
+
+def _decodes_badly(source: Source, index: int, transform: EvalTransform) -> bool:
+    """Whether an image can be read and it is what it holds that is bad."""
+    data = _read_of(source, index)
+    if data is None:
+        return False
+    try:
+        transform(data)
+    except BadImage:
+        return True
+    return False
+
+
+def _write(path: Path, rows: Tensor, bad: dict[int, str], unread: list[int]) -> None:
+    """Put the features at `path` in one step, with a SHA-256 over all of them; of the bad images,
+    `unread` may be good another time."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{time.monotonic_ns()}")
-    header: dict[str, Any] = {"key": path.stem, "bad": sorted(bad.items())}
+    header: dict[str, Any] = {"key": path.stem, "bad": sorted(bad.items()), "unread": unread}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(temporary, {"pooled": rows}, header)
