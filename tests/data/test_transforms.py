@@ -302,6 +302,29 @@ def test_erasing_fills_boxes_with_noise():
     assert 0.8 < float(noise.std()) < 1.2
 
 
+def test_each_image_is_erased_with_its_own_noise():
+    inputs, labels = torch.full((6, 2, 16, 16), 9.0), torch.zeros(6, dtype=torch.int64)
+    out, _ = augment(erasing=1.0)(inputs, labels)
+    values = out[out != 9]
+    assert len(torch.unique(values)) == len(values) > 6 * 2 * 4
+    again, _ = augment(erasing=1.0)(inputs, labels)
+    assert torch.equal(out, again)
+    other, _ = augment(1, erasing=1.0)(inputs, labels)
+    assert not torch.isin(other[other != 9], values).any()
+
+
+def test_what_is_drawn_after_erasing_does_not_depend_on_it(batch):
+    """One field of normal numbers lies between the boxes and the mixing."""
+    inputs, labels = batch
+    _, targets = augment(5, erasing=0.7, mixup=0.4)(inputs, labels)
+    later = generator(5)
+    torch.rand(5, len(inputs), 1, generator=later)
+    torch.randn(inputs.shape[1:], generator=later)
+    spec = parse(AugmentSpec, {"flip": False, "mixup": 0.4})
+    _, wanted = BatchAugment(spec, 5)(inputs, labels, later)
+    assert torch.equal(targets, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtype_is_kept(batch, dtype):
     inputs, labels = batch

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from patchword.data.images import MODES, BadImage, decode
 from patchword.data.randaugment import randaugment
+from patchword.data.seeding import derived_seed
 from patchword.spec.data import AugmentSpec
 from patchword.spec.model import PreprocessSpec
 from patchword.spec.parse import PatchwordError
@@ -283,10 +284,16 @@ def affine(inputs: Tensor, spec: AugmentSpec, generator: torch.Generator) -> Ten
 
 def erase(inputs: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Random erasing (Zhong et al., arXiv 1708.04896): a box of 2 to 33 % of the area and aspect
-    0.3 to 3.3 filled with normal noise, in each image with `probability`."""
+    0.3 to 3.3 filled with normal noise of its own, in each image with `probability`.
+
+    The noise is drawn by a second generator, seeded by the draws of the boxes. `generator` moves on
+    by one image of normal numbers, whatever the boxes are.
+    """
     batch, channels, height, width = inputs.shape
     draws = _uniform(5, batch, 1, generator=generator)
-    noise = torch.randn((channels, height, width), generator=generator)
+    torch.randn((channels, height, width), generator=generator)
+    bits = draws[0].view(torch.int32).flatten().tolist()
+    own = torch.Generator().manual_seed(derived_seed(0, "erasing", *bits))
     area = (0.02 + 0.31 * draws[1]) * height * width
     aspect = torch.exp((2 * draws[2] - 1) * math.log(1 / 0.3))
     h = torch.sqrt(area * aspect).round().clamp(1, height)
@@ -296,8 +303,9 @@ def erase(inputs: Tensor, probability: float, generator: torch.Generator) -> Ten
     y, x = torch.arange(height), torch.arange(width)
     rows = (y >= top) & (y < top + h) & (draws[0] < probability)  # [b, h]
     columns = (x >= left) & (x < left + w)  # [b, w]
-    box = (rows[:, None, :, None] & columns[:, None, None, :]).to(inputs.device)
-    return torch.where(box, noise.to(inputs), inputs)
+    box = (rows[:, None, :, None] & columns[:, None, None, :]).expand(-1, channels, -1, -1)
+    noise = torch.randn(int(box.sum()), generator=own)
+    return inputs.masked_scatter(box.to(inputs.device), noise.to(inputs))
 
 
 def mix(
