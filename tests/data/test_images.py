@@ -168,6 +168,38 @@ def test_truncated_files_are_bad(photo, encode, kind):
             decode(data[: int(share * len(data))], 3)
 
 
+def damaged_tiffs(photo, encode):
+    """Compressed TIFF files with other bytes in the middle."""
+    for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "group4"):
+        image = photo(96, 128)
+        data = bytearray(
+            encode(
+                image.convert("1") if "4" in compression else image, "TIFF", compression=compression
+            )
+        )
+        data[len(data) // 3 : len(data) // 3 + 60] = b"\xff" * 60
+        yield bytes(data)
+
+
+def test_damaged_tiffs_say_nothing_of_their_own(photo, encode, capfd):
+    """libtiff would write to the file descriptor itself."""
+    for data in damaged_tiffs(photo, encode):
+        with pytest.raises(BadImage, match=r"^OSError: (decoder error|damaged TIFF data)"):
+            decode(data, 3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_libtiff_is_silent_for_our_decoding_only(photo, encode, capfd):
+    data = next(iter(damaged_tiffs(photo, encode)))
+    for _ in range(2):
+        with pytest.raises(BadImage):
+            decode(data, 3)
+        assert capfd.readouterr().err == ""
+        with pytest.raises(OSError, match="decoder error"):
+            Image.open(io.BytesIO(data)).load()
+        assert capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

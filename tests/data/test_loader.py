@@ -160,6 +160,18 @@ def test_any_start_gives_the_same_batches(source, bad, workers):
         assert_same(whole[start:], train(source, start=start, workers=workers))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_tiff_is_named_by_us_alone(folder, photo, encode, capfd, workers):
+    """libtiff has words of its own for it."""
+    root = folder({"a": 4})
+    data = bytearray(encode(photo(96, 128), "TIFF", compression="tiff_lzw"))
+    data[len(data) // 3 : len(data) // 3 + 60] = b"\xff" * 60
+    (root / "a" / "z.tif").write_bytes(data)
+    batches = evaluate(open_source(str(root)), workers=workers)
+    assert [index for batch in batches for index, _ in batch.bad] == [4]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_images_differ_between_epochs_and_seeds(source):
     plan = Plan(np.arange(13), 13, 3)
     options = {"start": 0, "stop": 2, "workers": 0, "on_bad": "skip"}

@@ -7,9 +7,12 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 from PIL import Image
+
+from patchword.data.libtiff import errors_heard
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The formats that are opened; JPEG includes MPO, the multi-picture kind of cameras."""
@@ -110,7 +113,8 @@ def _decode_file(
         if at_least is not None:
             wanted = at_least if turned else at_least[::-1]
             image.draft(mode, (max(1, wanted[0]), max(1, wanted[1])))
-    image.load()
+    with errors_heard() if image.format == "TIFF" else nullcontext():
+        image.load()
     if image.format == "TIFF":  # Pillow turns TIFF files itself
         if said:
             raise BadImage(" ".join(str(said[0].message).split())[:120])
