@@ -14,6 +14,7 @@ from patchword.audit.copies import surplus_copies
 from patchword.audit.faults import find_faults, look_beside
 from patchword.audit.findings import Finding
 from patchword.audit.scan import scan
+from patchword.data import images
 from patchword.data.sources import ArrayReader, Source, open_source
 
 SIZE = (48, 64)
@@ -35,6 +36,13 @@ def faults(root: Path | str, workers: int = 0) -> dict[str, Finding]:
     found = find_faults(source, scan(source, workers=workers), beside)
     assert len({finding.code for finding in found}) == len(found)
     return {finding.code: finding for finding in found}
+
+
+def test_large_images_are_hashed_in_strips(clean: Path, monkeypatch: pytest.MonkeyPatch):
+    source = open_source(str(clean))
+    whole = scan(source).facts
+    monkeypatch.setattr(images, "STRIP", 8 * SIZE[1])
+    assert np.array_equal(scan(source).facts, whole)
 
 
 def cases(finding: Finding) -> list[tuple[tuple[str, ...], str]]:

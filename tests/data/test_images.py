@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from patchword.data import images
 from patchword.data.images import BadImage, decode
 
 
@@ -239,6 +242,106 @@ def test_reduced_decode_is_close_to_full(photo, encode, channels):
     expected = full.resize(reduced.size, Image.Resampling.BOX, box=(0, 0, 611, 403))
     assert np.abs(pixels(reduced) - pixels(expected)).mean() < 1.5
     assert decode(data, channels, at_least=(404, 1)).size == full.size
+
+
+def kinds_of_files(photo, encode):
+    """A file of each way that pixels are stored, 37 x 53, turned where the format knows that."""
+    image, exif = photo(37, 53), Image.Exif()
+    exif[0x0112] = 6
+    palette = image.quantize(30)
+    faded = image.convert("RGBA")
+    faded.putalpha(image.convert("L").transpose(Image.Transpose.ROTATE_180))
+    grey = np.asarray(image.convert("L"))
+    yield from (encode(one, "PNG", exif=exif) for one in (image, palette, faded))
+    yield from (encode(faded.convert("LA")), encode(image.convert("1")))
+    yield encode(palette, transparency=3)
+    yield encode(palette, transparency=bytes(range(0, 240, 8)))
+    yield encode(image, transparency=image.getpixel((5, 5)))
+    yield encode(Image.fromarray(grey.astype(np.uint16) * 200))
+    for values in (grey.astype(np.int32) * 1000, grey / np.float32(255), grey.astype(np.float32)):
+        yield encode(Image.fromarray(values), "TIFF")
+    yield encode(image, "TIFF", exif=exif, compression="tiff_lzw")
+    yield encode(image.convert("CMYK"), "JPEG", exif=exif)
+    yield encode(palette, "GIF", transparency=2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_conversion_in_strips_changes_nothing(photo, encode, monkeypatch, channels):
+    files = list(kinds_of_files(photo, encode))
+    whole = [decode(data, channels) for data in files]
+    monkeypatch.setattr(images, "STRIP", 53 * 8)
+    for data, expected in zip(files, whole, strict=True):
+        found = decode(data, channels)
+        assert found.mode == expected.mode
+        np.testing.assert_array_equal(pixels(found), pixels(expected))
+
+
+def test_bad_values_of_one_strip_are_found(encode, monkeypatch):
+    monkeypatch.setattr(images, "STRIP", 8)
+    for wrong in (-1, np.nan, 300):
+        values = np.full((40, 5), 0.5, np.float32)
+        values[20, 2] = wrong
+        with pytest.raises(BadImage, match="pixel values"):
+            decode(encode(Image.fromarray(values), "TIFF"), 1)
+
+
+@pytest.mark.parametrize(("at_least", "factor"), [((4, 6), 8), ((9, 13), 4), ((18, 26), 2)])
+def test_large_images_come_out_reduced(photo, encode, monkeypatch, at_least, factor):
+    """Exactly by the means of squares, before they are turned; just as large ones are as ever."""
+    monkeypatch.setattr(images, "LARGE", 37 * 53 - 1)
+    for data in kinds_of_files(photo, encode):
+        full = decode(data, 3)
+        upright = at_least if full.height == 37 else at_least[::-1]
+        found = decode(data, 3, at_least=lambda height, width, least=upright: least)
+        if not data.startswith(b"\xff\xd8"):
+            turned = full.height == 53 and data.startswith(b"\x89PNG")
+            stored = full.transpose(Image.Transpose.ROTATE_90) if turned else full
+            means = stored.reduce(factor)
+            expected = means.transpose(Image.Transpose.ROTATE_270) if turned else means
+            np.testing.assert_array_equal(pixels(found), pixels(expected))
+            assert decode(data, 3, at_least=(37, 30)).size == full.size
+    monkeypatch.setattr(images, "LARGE", 37 * 53)
+    assert decode(encode(photo(37, 53)), 3, at_least=at_least).size == (53, 37)
+
+
+PEAK = """
+import pathlib, sys
+from patchword.data import images
+
+images.LARGE, images.STRIP = 1 << 20, 1 << 18
+
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+def decode(name):
+    images.decode(pathlib.Path(name).read_bytes(), 3, at_least=(224, 224))
+
+decode(sys.argv[1])
+before = peak()
+decode(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["faded", "16-bit", "turned"])
+def test_a_large_image_is_in_memory_once(tmp_path, encode, kind):
+    """In a process of its own, for its peak of memory."""
+    size, options = (4000, 3000), {"compress_level": 1}
+    if kind == "faded":
+        image, bytes_each = Image.new("RGBA", size, (200, 100, 50, 128)), 4
+    elif kind == "16-bit":
+        image, bytes_each = Image.fromarray(np.full(size[::-1], 3000, np.uint16)), 2
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image, bytes_each, options = Image.new("RGB", size), 4, options | {"exif": exif}
+    names = [tmp_path / "small.png", tmp_path / "large.png"]
+    names[0].write_bytes(encode(image.resize((500, 400), 0)))
+    names[1].write_bytes(encode(image, **options))
+    run = subprocess.run([sys.executable, "-c", PEAK, *names], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 1.5 * bytes_each * size[0] * size[1]
 
 
 def test_threads_may_decode_at_once(photo, encode):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from patchword.data import images
 from patchword.data.images import decode
 from patchword.data.transforms import (
     BatchAugment,
@@ -150,6 +151,19 @@ def test_normalisation(channels, values, used, dtype):
 def test_normalisation_of_a_wrong_number_of_channels():
     with pytest.raises(PatchwordError, match="mean and std have 3 values for images of 4"):
         to_input(torch.zeros(1, 4, 2, 2, dtype=torch.uint8), PreprocessSpec())
+
+
+@pytest.mark.parametrize("shape", [(613, 409), (409, 613)])
+@pytest.mark.parametrize("crop", ["resize", "inception"])
+def test_large_images_are_cut_from_a_reduced_one(photo, encode, monkeypatch, shape, crop):
+    """The same part of the picture, and nearly the same pixels."""
+    data = encode(photo(*shape))
+    spec = parse(AugmentSpec, {"crop": crop, "randaugment_layers": 0})
+    transform = TrainTransform((32, 32), 3, PreprocessSpec(), spec)
+    expected = transform(data, random.Random(0)).astype(int)
+    monkeypatch.setattr(images, "LARGE", 1000)
+    found = transform(data, random.Random(0)).astype(int)
+    assert 0 < np.abs(found - expected).mean() < 1.5
 
 
 # Batches -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from patchword.audit.hashing import SIDE, thumbnail
-from patchword.data.images import FORMATS, BadImage, decode, exif_orientation
+from patchword.data.images import FORMATS, BadImage, decode, exif_orientation, strips
 from patchword.data.sources import Source
 from patchword.data.workers import serve
 
@@ -112,7 +112,10 @@ def _examine(data: bytes | np.ndarray, channels: int, row: np.void) -> None:
     """Fill in `row`, a `FACTS`, for one image. Raises `BadImage`."""
     image = decode(data, channels)
     shape = f"{image.width} x {image.height} {image.mode} "
-    row["pixels"] = hashlib.sha256(shape.encode() + image.tobytes()).digest()
+    pixels = hashlib.sha256(shape.encode())
+    for _, strip in strips(image):
+        pixels.update(strip.tobytes())
+    row["pixels"] = pixels.digest()
     row["thumb"] = np.asarray(thumbnail(image))
     row["width"], row["height"] = image.size
     if isinstance(data, np.ndarray):

@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import numpy as np
@@ -20,6 +20,11 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 MAX_PIXELS = 178_956_970
 """Pillow's own hard limit: half a gigabyte of RGB. A higher one has no effect."""
+
+LARGE = 1 << 26
+"""Pixels above which every image, not only a JPEG, may come out reduced (67 megapixels)."""
+STRIP = 1 << 22
+"""Pixels that are converted at a time, so that a large image is in memory once."""
 
 AtLeast = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 """(height, width), or a function that makes it from the full image's (height, width)"""
@@ -63,15 +68,19 @@ def decode(
 
     `data` is an encoded file or uint8 `[H, W, C]`. EXIF orientation is applied, the first frame of
     an animation taken, 16 bits scaled to 8, transparency laid over white (but kept for RGBA). With
-    `at_least`, a JPEG may come out reduced by 2, 4 or 8, but not below that (height, width).
+    `at_least`, a JPEG may come out reduced by 2, 4 or 8, but not below that (height, width), and
+    so may any other file of more than `LARGE` pixels (each pixel the mean of a square of its side).
     Raises `BadImage` for anything that is wrong with the data.
+
+    Memory: what Pillow decodes, 4 bytes a pixel (1 for grey and palettes, 2 for 16 bits), and the
+    result, where that is another image. Without `at_least` turning it takes a third one.
     """
     try:
         if isinstance(data, np.ndarray):
             image = Image.fromarray(data[..., 0] if data.shape[2] == 1 else data)
             if callable(at_least):
                 at_least(image.height, image.width)
-            return image if image.mode == MODES[channels] else _as_mode(image, MODES[channels])
+            return _finish(image, MODES[channels])
         with _guard, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
@@ -104,27 +113,38 @@ def _decode_file(
         raise BadImage(f"size {width} x {height}")
     if width * height > max_pixels:
         raise BadImage(f"{width} x {height} is more than {max_pixels:,} pixels")
-    orientation = 1
-    if image.format in ("JPEG", "MPO"):
+    orientation, factor = 1, 1
+    photo = image.format in ("JPEG", "MPO")
+    if photo:
         orientation = exif_orientation(image)
-        turned = orientation >= 5
-        if callable(at_least):
-            at_least = at_least(width, height) if turned else at_least(height, width)
-        if at_least is not None:
-            wanted = at_least if turned else at_least[::-1]
-            image.draft(mode, (max(1, wanted[0]), max(1, wanted[1])))
+        if wanted := _wanted(at_least, image.size, orientation):
+            image.draft(mode, wanted)
     with errors_heard() if image.format == "TIFF" else nullcontext():
         image.load()
     if image.format == "TIFF":  # Pillow turns TIFF files itself
         if said:
             raise BadImage(" ".join(str(said[0].message).split())[:120])
-    elif image.format not in ("JPEG", "MPO"):
+    elif not photo:
         orientation = exif_orientation(image)
-    if callable(at_least) and image.format not in ("JPEG", "MPO"):
-        turned = orientation >= 5
-        at_least(*(image.size if turned else image.size[::-1]))
-    image = _as_mode(image, mode)
+    if not photo and (wanted := _wanted(at_least, image.size, orientation)):
+        left = min(has // needs for has, needs in zip(image.size, wanted, strict=True))
+        if image.width * image.height > LARGE:
+            factor = next((by for by in (8, 4, 2) if left >= by), 1)
+    image = _finish(image, mode, factor)
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _wanted(
+    at_least: AtLeast | None, size: tuple[int, int], orientation: int
+) -> tuple[int, int] | None:
+    """The least (width, height) of an image of `size`, both as it is stored, before turning."""
+    turned = orientation >= 5
+    if callable(at_least):
+        at_least = at_least(*(size if turned else size[::-1]))
+    if at_least is None:
+        return None
+    width, height = at_least if turned else at_least[::-1]
+    return max(1, width), max(1, height)
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -136,11 +156,46 @@ def exif_orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TURNS else 1
 
 
-def _as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`image` in `mode`, transparency laid over white unless `mode` keeps it."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    transparent = image.has_transparency_data and image.mode != "RGBX"
+def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(upper edge, rows from there on) of about `STRIP` pixels each, from top to bottom; the edges
+    are multiples of 8."""
+    rows = max(8, STRIP // image.width // 8 * 8)
+    if image.height <= rows:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _finish(image: Image.Image, mode: str, factor: int = 1) -> Image.Image:
+    """`image` in `mode`, reduced by `factor`, with the pixels that converting it in one piece would
+    give."""
+    if factor == 1 and image.mode == mode and (mode == "RGBA" or not _transparent(image)):
+        return image
+    full = _full_scale(image)
+    size = (-(-image.width // factor), -(-image.height // factor))
+    result: Image.Image | None = None
+    for top, strip in strips(image):
+        part = _as_mode(strip, mode, full)
+        part = part if factor == 1 else part.reduce(factor)
+        if part.size == size:
+            return part
+        result = result or Image.new(mode, size)
+        result.paste(part, (0, top // factor))
+    assert result is not None, "an image has rows"
+    return result
+
+
+def _transparent(image: Image.Image) -> bool:
+    return image.has_transparency_data and image.mode != "RGBX"
+
+
+def _as_mode(image: Image.Image, mode: str, full: float | None) -> Image.Image:
+    """`image` in `mode`, transparency laid over white unless `mode` keeps it; `full` is its
+    `_full_scale`."""
+    if full is not None:
+        image = _to_8_bit(image, full)
+    transparent = _transparent(image)
     if transparent and mode != "RGBA":
         layered = image.convert("RGBA")
         image = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -150,18 +205,30 @@ def _as_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits or floats, scaled (not clipped) to 8 bits."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
+def _full_scale(image: Image.Image) -> float | None:
+    """The value that stands for white in a grey image of 16 or 32 bits or floats, None for other
+    images. Raises `BadImage` for values that no image has."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return None
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    spans = [(float(part.min()), float(part.max())) for part in _values(image)]
+    low, high = np.min([span[0] for span in spans]), np.max([span[1] for span in spans])
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0:
         raise BadImage("negative or non-finite pixel values")
     if image.mode == "F":
         if high > 255:
             raise BadImage(f"float pixel values up to {high:g}; expected 0 to 1, or 0 to 255")
-        full = 1.0 if high <= 1 else 255.0
-    else:
-        full = 65535.0 if high <= 65535 else 2.0**31 - 1
-    scaled = values.astype(np.float32)  # large images are in memory only once
+        return 1.0 if high <= 1 else 255.0
+    return 65535.0 if high <= 65535 else 2.0**31 - 1
+
+
+def _values(image: Image.Image) -> Iterator[np.ndarray]:
+    return (np.asarray(strip) for _, strip in strips(image))
+
+
+def _to_8_bit(image: Image.Image, full: float) -> Image.Image:
+    """Values from 0 to `full`, scaled (not clipped) to 8 bits."""
+    scaled = np.asarray(image).astype(np.float32)
     scaled *= 255.0 / full
     return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))

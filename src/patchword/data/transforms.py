@@ -29,8 +29,9 @@ Box = tuple[float, float, float, float]
 """left, upper, right, lower, in pixels of the full image"""
 
 EVAL_GAP = 2.0
-"""In evaluation a JPEG is decoded reduced only if this many times the output's pixels per side are
-left: the result is then close to that of a full decode."""
+"""In evaluation a JPEG, or an image of more than `LARGE` pixels, is decoded reduced only if this
+many times the output's pixels per side are left: the result is then close to that of a full
+decode."""
 
 
 class Transform(Protocol):
