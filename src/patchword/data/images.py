@@ -73,7 +73,7 @@ def decode(
     Raises `BadImage` for anything that is wrong with the data.
 
     Memory: what Pillow decodes, 4 bytes a pixel (1 for grey and palettes, 2 for 16 bits), and the
-    result, where that is another image. Without `at_least` turning it takes a third one.
+    result, where that is another image.
     """
     try:
         if isinstance(data, np.ndarray):
