@@ -282,7 +282,8 @@ def build_model(spec: TrainSpec, source: Source) -> Model:
 
     A self-supervised one has no head, whatever the labels of the data.
     With the sigmoid loss a fresh model's head starts at a bias of -log K, so that every class
-    begins improbable, as in the authors' public code (big_vision, vit_i21k).
+    begins improbable, as in the authors' public code: -10 for ImageNet-21k, -6.9 for ImageNet
+    (big_vision, vit_i21k and vit_i1k).
     """
     torch.manual_seed(spec.seed)
     options: dict[str, Any] = spec.options.given() | {"probability": spec.optim.loss}

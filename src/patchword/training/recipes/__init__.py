@@ -3,7 +3,8 @@
 Standard library only, so that help needs no torch. Sections and tables are those of the ViT paper
 (arXiv 2010.11929). Table 3 gives neither the loss nor the cropping: sigmoid cross-entropy on JFT
 and ImageNet-21k, Inception crops and bilinear resizing are what the authors' public code
-(big_vision) has. Where ImageNet or JFT come undivided, 1 % is held out to choose the best weights.
+(big_vision) has. With the sigmoid loss a fresh head's bias is -log K (-6.9 for ImageNet's classes),
+see `workflows.runs.build_model`. Where ImageNet or JFT come undivided, 1 % is held out to choose the best weights.
 Recipes that start from weights are in `transfer_recipes`, those without labels in
 `pretrain_recipes`.
 """
@@ -216,7 +217,7 @@ def _table3(
                 "model": model,
                 "epochs": float(epochs),
                 "batch_size": 4096,
-                "options": {"head": "mlp"},
+                "options": {} if model.startswith("BiT") else {"head": "mlp"},
                 "data": WHOLE,
                 "preprocess": BILINEAR,
                 "optim": {"warmup": 10_000.0, "beta2": 0.999, "clip": 0.0},
@@ -227,8 +228,9 @@ def _table3(
 
 
 def _short(model: str) -> str:
-    """`b16` of `ViT-B/16`."""
-    return model.removeprefix("ViT-").replace("/", "").lower()
+    """`b16` of `ViT-B/16`, `r50-b16` of `R50+ViT-B/16`, `r50x1` of `BiT-R50x1`."""
+    bare = model.replace("+ViT", "").removeprefix("ViT-").removeprefix("BiT-")
+    return bare.replace("/", "").lower()
 
 
 for _model, _expected in {
@@ -272,9 +274,19 @@ for _model, _epochs, _lr, _score in (
     ("ViT-L/16", 7, 4e-4, 86.30),
     ("ViT-L/16", 14, 4e-4, 87.12),
     ("ViT-H/14", 14, 3e-4, 88.08),
+    ("BiT-R50x1", 7, 1e-3, 77.54),
+    ("BiT-R50x2", 7, 1e-3, 82.12),
+    ("BiT-R101x1", 7, 8e-4, 80.67),
+    ("BiT-R152x1", 7, 6e-4, 81.88),
+    ("BiT-R152x2", 7, 6e-4, 84.97),
+    ("R50+ViT-B/32", 7, 8e-4, 84.90),
+    ("R50+ViT-B/16", 7, 8e-4, 85.58),
+    ("R50+ViT-L/32", 7, 2e-4, 85.68),
+    ("R50+ViT-L/16", 7, 4e-4, 86.60),
+    ("R50+ViT-L/16", 14, 4e-4, 87.12),
 ):
     _table3(
-        f"jft-{_short(_model)}" + (f"-{_epochs}" if _model == "ViT-L/16" else ""),
+        f"jft-{_short(_model)}" + (f"-{_epochs}" if _model.endswith("ViT-L/16") else ""),
         "JFT-300M",
         JFT,
         _model,
@@ -325,7 +337,8 @@ for _name, _preset, _magnitude, _mixup in (
     _add(
         f"augreg-{_name}",
         f"ViT-S/16 on ImageNet, {_name} augmentation, 300 epochs",
-        source=f'"How to train your ViT?" (arXiv 2106.10270), {_preset}; big_vision vit_i1k',
+        source=f'"How to train your ViT?" (arXiv 2106.10270), {_preset}; big_vision vit_i1k: sigmoid '
+        "loss, no dropout, no stochastic depth",
         expected="figure 4 of that paper; the best strength depends on model and data",
         images=IMAGENET,
         settings={
@@ -340,6 +353,11 @@ for _name, _preset, _magnitude, _mixup in (
                 "randaugment_magnitude": _magnitude,
                 "mixup": _mixup,
             },
-            "optim": {"lr": 1e-3, "weight_decay": 0.1, "warmup": 10_000.0},
+            "optim": {
+                "lr": 1e-3,
+                "weight_decay": 0.1,
+                "warmup": 10_000.0,
+                "loss": "sigmoid",
+            },
         },
     )
