@@ -606,3 +606,22 @@ def test_attention_heads_are_laid_out_as_documented():
     x = torch.randn(1, 5, 24, dtype=torch.float64)
     wanted = self_attention(x[0].numpy(), weights, "a", tiny())
     np.testing.assert_allclose(layer(x)[0].detach().numpy(), wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("pool_norm", [False, True])
+def test_tokens_are_those_that_are_pooled(pool_norm: bool):
+    """After the last LayerNorm; with `pool_norm` before it, which the mean then goes through."""
+    model = create_model("ViT-mu/8", 3, 16, pool="gap", pool_norm=pool_norm)
+    assert isinstance(model, ViT)
+    images = torch.randn(2, 3, *model.spec.image_size)
+    pooled, tokens, _ = model.features(images)
+    residual = model.embed(images)
+    for block in model.blocks:
+        residual = block(residual)
+    average = tokens.mean(1)
+    if pool_norm:
+        torch.testing.assert_close(tokens, residual)
+        torch.testing.assert_close(pooled, model.norm(average))
+    else:
+        torch.testing.assert_close(tokens, model.norm(residual))
+        torch.testing.assert_close(pooled, average)

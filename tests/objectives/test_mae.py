@@ -14,10 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchword.models.vit import ViT
+from patchword.models.zoo import model_spec
 from patchword.objectives import create_objective, patches, training_macs
 from patchword.objectives.mae import Decoder, MaskedAutoencoder, draw_hidden
+from patchword.spec.model import ViTSpec
 from patchword.spec.parse import UsageError
-from patchword.spec.train import TrainSpec
+from patchword.spec.train import PretrainSpec, TrainSpec
 
 MakeModel = Callable[..., ViT]
 MakeSpec = Callable[..., TrainSpec]
@@ -148,6 +150,43 @@ def test_pictures_of_a_perfect_prediction_are_the_images(
     torch.testing.assert_close(predicted, original, rtol=0, atol=1e-5)
     grey = (patches.cut(seen, (4, 4)).flatten(2) == 0.5).all(2)
     assert torch.equal(grey, torch.zeros(3, 16, dtype=torch.bool).scatter(1, masked, True))
+
+
+def test_the_decoder_starts_as_that_of_the_authors():
+    """Standard deviations and bounds of a decoder of width 256: q, k and v as one matrix of 768
+    rows, not each on its own; within 1 %, the [mask] token's 256 numbers within 15 %."""
+    torch.manual_seed(0)
+    vit = model_spec("ViT-Ti/16", image_size=32)
+    assert isinstance(vit, ViTSpec)
+    decoder = Decoder(vit, PretrainSpec(decoder_width=256, decoder_depth=2, decoder_heads=4))
+    layers = {n: m for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    assert len(layers) == 2 + 2 * 4
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        rows, columns = weight.shape
+        wanted = (2 / (rows + columns)) ** 0.5
+        assert float(weight.std()) == pytest.approx(wanted, rel=0.01), name
+        assert 0.98 < float(weight.abs().max()) / (wanted * 3**0.5) <= 1, name
+        for part in weight.chunk(3) if name.endswith("qkv") else ():
+            assert float(part.std()) == pytest.approx((1 / (2 * 256)) ** 0.5, rel=0.01), name
+        assert not layer.bias.any()
+    assert float(decoder.mask_token.detach().std()) == pytest.approx(0.02, rel=0.15)
+
+
+def test_the_decoder_draws_each_matrix_once(monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Tensor] = []
+    real = nn.init.xavier_uniform_
+
+    def note(tensor: Tensor) -> Tensor:
+        drawn.append(tensor)
+        return real(tensor)
+
+    monkeypatch.setattr(nn.init, "xavier_uniform_", note)
+    vit = model_spec("ViT-Ti/16", image_size=32)
+    assert isinstance(vit, ViTSpec)
+    Decoder(vit, PretrainSpec(decoder_width=32, decoder_depth=2, decoder_heads=4))
+    places = [tensor.data_ptr() for tensor in drawn]
+    assert len(set(places)) == len(places)
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.75])

@@ -136,3 +136,27 @@ def test_signals_are_noted_and_the_second_stops(signum, monkeypatch):
             signal.raise_signal(signum)
     assert received == [signum]
     assert signal.getsignal(signum) is before
+
+
+def updated_by(clip, lr=0.5):
+    """Length of a plain step, and the norm of its gradient."""
+    trainer = trainer_of(optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=clip)
+    before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    torch.manual_seed(2)
+    _, norm = trainer.step(torch.randn(8, 3, 8, 8), torch.arange(8), lr)
+    after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return float((after - before).norm()) / lr, norm
+
+
+def test_a_gradient_above_the_norm_is_scaled_down_to_it():
+    length, norm = updated_by(clip=0.05)
+    assert norm > 0.5
+    assert length == pytest.approx(0.05, rel=1e-4)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e3])
+def test_a_gradient_is_never_scaled_up(clip):
+    """Nor is it touched without clipping."""
+    length, norm = updated_by(clip)
+    assert norm < 10
+    assert length == pytest.approx(norm, rel=1e-4)

@@ -113,6 +113,29 @@ def test_the_count_is_that_of_what_the_optimiser_gets(tune: Any):
     assert trained_count(model, tuning) == sum(p.numel() for p in held)
 
 
+def test_additions_are_decayed_as_the_matrices_are():
+    """Both matrices of each; what goes with them, the last norm's weight, is not."""
+    model = shaken()
+    trainer = trainer_of(model, tune="lora", weight_decay=0.3)
+    names = {p: name for name, p in trainer.trained.items()}
+    groups = trainer.optimizer.param_groups
+    decayed = {names[p] for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
+    pairs = {f"{name}.{part}" for name in adapted_names(model) for part in ("down", "up")}
+    assert decayed == pairs | {"head.weight"}
+
+
+def test_decay_shrinks_additions():
+    """Without a gradient (a zero head), by 1 - learning rate x decay a step, 1e-6."""
+    model = shaken()
+    assert model.head is not None
+    nn.init.zeros_(model.head.weight)
+    trainer = trainer_of(model, tune="lora", weight_decay=0.5, clip=0.0)
+    before = {name: p.detach().clone() for name, p in additions(trainer).items()}
+    trainer.step(*batch(), 0.1)
+    for name, p in additions(trainer).items():
+        torch.testing.assert_close(p.detach(), before[name] * 0.95, rtol=1e-6, atol=1e-7)
+
+
 # At what cost ------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchword.models.layers import Block, SelfAttention
+from patchword.models.layers import Block
 from patchword.models.model import init_linear
 from patchword.models.position import SinCos2d
 from patchword.models.vit import ViT
@@ -51,8 +51,9 @@ class Decoder(nn.Module):
     The model encodes the visible patches alone, with its class token and registers. What it puts
     out, in the decoder's width, and a learned [mask] token for each masked patch get the fixed
     sin-cos positions and go through the blocks; the last of them computes the masked patches alone.
-    Initialised as MAE's public code: Xavier uniform, biases 0, [mask] normal with a standard
-    deviation of 0.02.
+    Initialised as MAE's public code (models_mae): matrices Xavier uniform, variance 2 / (in + out),
+    those of q, k and v as the one of 3 D rows that they are in, so 1 / (2 D), half of what the model
+    itself has; biases 0, [mask] normal with a standard deviation of 0.02.
     """
 
     def __init__(self, model: ViTSpec, spec: PretrainSpec) -> None:
@@ -70,9 +71,6 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module)
-            if isinstance(module, SelfAttention):
-                for part in module.qkv.weight.chunk(3):
-                    nn.init.xavier_uniform_(part)
 
     def forward(self, model: ViT, images: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         prefix = model.spec.prefix

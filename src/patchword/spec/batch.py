@@ -31,7 +31,8 @@ class Outputs(NamedTuple):
     pooled: Tensor
     """float `[B, D]`"""
     tokens: Tensor
-    """float `[B, N, D]`, the patches after the last LayerNorm, row by row"""
+    """float `[B, N, D]`, the patches that are pooled, row by row: after the last LayerNorm, or before
+    it where it comes after the pooling (`ViTSpec.pool_norm`), as there it is made for the mean"""
     grid: tuple[int, int]
     """patches along height and width; N = their product"""
 

@@ -14,9 +14,9 @@ from patchword.spec.train import OptimSpec
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to the weight matrices, not to biases, norms, LayerScale,
-    tokens and position tables."""
-    return parameter.ndim >= 2 and name.endswith("weight")
+    """Whether weight decay applies: to the weight matrices and LoRA's additions to them, not to
+    biases, norms, LayerScale, tokens and position tables."""
+    return parameter.ndim >= 2 and name.endswith(("weight", "weight.down", "weight.up"))
 
 
 BOTTOM = (
