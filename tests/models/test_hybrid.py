@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from patchword.models.vit import ViT, macs
+from patchword.models.vit import ViT
 from patchword.models.zoo import (
     HYBRIDS,
     create_model,
+    macs,
     model_cost,
     model_spec,
     resized,

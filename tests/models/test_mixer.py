@@ -12,8 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from patchword.models.mixer import Mixer, macs
-from patchword.models.zoo import MIXERS, create_model, model_cost, model_spec, resized, variant_name
+from patchword.models.mixer import Mixer
+from patchword.models.zoo import (
+    MIXERS,
+    create_model,
+    macs,
+    model_cost,
+    model_spec,
+    resized,
+    variant_name,
+)
 from patchword.spec.model import MixerSpec
 from patchword.spec.parse import PatchwordError, UsageError
 

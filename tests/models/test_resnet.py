@@ -15,8 +15,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patchword.models.resnet import ResNet, ResNetStem, StdConv, macs, standardized, stem_macs
-from patchword.models.zoo import RESNETS, model_cost, model_spec, resized, variant_name
+from patchword.models.resnet import ResNet, ResNetStem, StdConv, standardized, stem_macs
+from patchword.models.zoo import RESNETS, macs, model_cost, model_spec, resized, variant_name
 from patchword.spec.model import ResNetSpec, StemSpec
 from patchword.spec.parse import PatchwordError, UsageError
 

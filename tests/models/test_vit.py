@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from patchword.models import vit
 from patchword.models.layers import SelfAttention
 from patchword.models.position import Rotary, SinCos2d
-from patchword.models.vit import ViT, macs
-from patchword.models.zoo import create_model, model_spec
+from patchword.models.vit import ViT
+from patchword.models.zoo import create_model, macs, model_spec
 from patchword.spec.model import ViTSpec
 from patchword.spec.parse import PatchwordError
 

@@ -151,12 +151,17 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     return x * keep
 
 
+def kept_patches(patches: int, rate: float) -> int:
+    """How many of an image's patches are left when a share of them is dropped, one at least."""
+    return max(1, round(patches * (1 - rate)))
+
+
 def drop_patches(x: Tensor, prefix: int, rate: float) -> Tensor:
-    """A random choice of each image's patches, at least one, in order, after the first `prefix`
+    """A random choice of `kept_patches` of each image's patches, in order, after the first `prefix`
     tokens: `[b, prefix + n, D]` to `[b, prefix + m, D]` (arXiv 2212.00794)."""
     b, tokens, width = x.shape
     patches = tokens - prefix
-    kept = max(1, round(patches * (1 - rate)))
+    kept = kept_patches(patches, rate)
     order = torch.rand(b, patches, device=x.device).argsort(1)[:, :kept].sort(1).values + prefix
     chosen = x.gather(1, order[:, :, None].expand(b, kept, width))
     return torch.cat([x[:, :prefix], chosen], dim=1)

@@ -97,10 +97,10 @@ def init_weights(model: Mixer) -> None:
     init_head(model.head)
 
 
-def macs(spec: MixerSpec) -> int:
-    """Multiply-accumulates of one image's forward pass: the matrix products of patch embedding,
-    MLPs and head, not norms, GELU or additions."""
+def part_macs(spec: MixerSpec) -> list[int]:
+    """Multiply-accumulates of one image's forward pass, of the patch embedding, each block, and the
+    head: the matrix products, not norms, GELU or additions."""
     patches, width = math.prod(spec.grid), spec.width
     embedding = patches * math.prod(spec.patch_size) * spec.in_channels * width
     block = 2 * patches * width * (spec.tokens_mlp_width + spec.channels_mlp_width)
-    return embedding + spec.depth * block + width * spec.num_classes
+    return [embedding, *[block] * spec.depth, width * spec.num_classes]

@@ -260,31 +260,33 @@ def init_weights(module: nn.Module) -> None:
 
 def _convolution_macs(
     layers: Sequence[int], width: int, image_size: tuple[int, int], in_channels: int
-) -> int:
-    """Multiply-accumulates of root and stages for one image."""
+) -> list[int]:
+    """Multiply-accumulates of the root and of each block for one image."""
     rows, columns = (-(-size // 2) for size in image_size)
-    total = rows * columns * 7 * 7 * in_channels * width
+    found = [rows * columns * 7 * 7 * in_channels * width]
     channels = width
     for stage, count in enumerate(layers):
         before = rows * columns
         rows, columns = -(-rows // 2), -(-columns // 2)  # the pooling, then a first block's stride
         pixels, inner = rows * columns, width * 2**stage
         out = 4 * inner
-        total += (before if stage else pixels) * channels * inner + pixels * channels * out
-        total += (count - 1) * pixels * out * inner + count * pixels * (9 * inner + out) * inner
+        rest = pixels * (9 * inner + out) * inner  # the second and third convolution
+        shrinking = (before if stage else pixels) * channels * inner + pixels * channels * out
+        found += [shrinking + rest, *[pixels * out * inner + rest] * (count - 1)]
         channels = out
-    return total
+    return found
 
 
 def stem_macs(spec: StemSpec, image_size: tuple[int, int], in_channels: int) -> int:
     """Multiply-accumulates of a stem for one image of (height, width) pixels: its convolutions."""
-    return _convolution_macs(spec.layers, spec.width, image_size, in_channels)
+    return sum(_convolution_macs(spec.layers, spec.width, image_size, in_channels))
 
 
-def macs(spec: ResNetSpec) -> int:
-    """Multiply-accumulates of one image's forward pass: convolutions and head, not GroupNorm,
-    pooling, additions or the standardisation of the weights (once a batch)."""
+def part_macs(spec: ResNetSpec) -> list[int]:
+    """Multiply-accumulates of one image's forward pass, of the root, each block, and the head:
+    convolutions, not GroupNorm, pooling, additions or the standardisation of the weights (once a
+    batch)."""
     width = BIT_WIDTH * spec.width_factor
     channels = 4 * width * 2 ** (len(spec.layers) - 1)
     body = _convolution_macs(spec.layers, width, spec.image_size, spec.in_channels)
-    return body + channels * spec.num_classes
+    return [*body, channels * spec.num_classes]

@@ -15,6 +15,7 @@ from patchword.models.layers import (
     SelfAttention,
     drop,
     drop_patches,
+    kept_patches,
 )
 from patchword.models.model import Model, init_head, init_lecun, init_linear
 from patchword.models.position import PositionRule, PositionTable, create_position
@@ -229,25 +230,33 @@ def init_weights(model: ViT) -> None:
     init_head(model.distillation_head)
 
 
-def macs(spec: ViTSpec) -> int:
-    """Multiply-accumulates of one image's forward pass: the matrix products of Eq. 1-8 and of the
-    head, not norms, softmax, GELU or additions; of a hybrid, its convolutions too. `forward` needs
-    fewer with a class token: it leaves out what the last block would compute for the patches."""
+def part_macs(spec: ViTSpec, training: bool = False) -> list[int]:
+    """Multiply-accumulates of one image's forward pass, of the embedding with a hybrid's stem, each
+    block, and the head with its pooling; in `training` without the patches that are dropped.
+
+    The matrix products of Eq. 1-8 and of the head, not norms, softmax, GELU or additions; of a
+    hybrid, its convolutions too. `forward` needs fewer with a class token: it leaves out what the
+    last block would compute for the patches.
+    """
     patches, width, hidden = math.prod(spec.grid), spec.width, spec.mlp_width
-    tokens = patches + spec.prefix
     if spec.stem is None:
         stem = patches * math.prod(spec.patch_size) * spec.in_channels * width
     else:
         pixels = math.prod(spec.patch_size) // spec.stem.stride**2
         stem = stem_macs(spec.stem, spec.image_size, spec.in_channels)
         stem += patches * pixels * spec.stem.channels * width
+    tokens = spec.prefix + (kept_patches(patches, spec.patch_dropout) if training else patches)
     mlp = (3 if spec.activation == "swiglu" else 2) * width * hidden
-    block = tokens * (4 * width * width + mlp) + 2 * tokens * tokens * width
-    relative = 0
+    blocks = [tokens * (4 * width * width + mlp) + 2 * tokens * tokens * width] * spec.depth
     if spec.position == "relative":
-        relative = tokens * (2 * tokens - 1) * width
-        relative *= 1 if spec.position_at == "stem" else spec.depth
-    pool = 0
+        for layer in range(1 if spec.position_at == "stem" else spec.depth):
+            blocks[layer] += tokens * (2 * tokens - 1) * width
+    return [stem, *blocks, _head_macs(spec, tokens, mlp)]
+
+
+def _head_macs(spec: ViTSpec, tokens: int, mlp: int) -> int:
+    """Of attention pooling over so many tokens, `mlp` for each that it gives, and the heads."""
+    width, pool = spec.width, 0
     if spec.pool == "map":
         pool = 2 * tokens * width * width + 2 * width * width  # k and v, q and projection
         pool += 2 * tokens * width + mlp
@@ -257,4 +266,4 @@ def macs(spec: ViTSpec) -> int:
         head += pooled * width
     if spec.distillation == "head":
         head += width * spec.num_classes
-    return stem + spec.depth * block + relative + pool + head
+    return pool + head

@@ -238,23 +238,24 @@ def variant_name(spec: ModelSpec) -> str:
     return f"{stem}ViT-{known or f'{spec.depth}x{spec.width}'}/{patch}"
 
 
-def macs(spec: ModelSpec) -> int:
-    """Multiply-accumulates of one image's forward pass, by the family's formula."""
+def part_macs(spec: ModelSpec, training: bool = False) -> list[int]:
+    """Multiply-accumulates of one image's forward pass, by the family's formula: of what comes
+    before the blocks, of each block, and of the head; in `training` without the patches that are
+    dropped (`patch_dropout`)."""
     match spec:
         case ViTSpec():
-            return vit.macs(spec)
+            return vit.part_macs(spec, training)
         case ResNetSpec():
-            return resnet.macs(spec)
+            return resnet.part_macs(spec)
         case MixerSpec():
-            return mixer.macs(spec)
+            return mixer.part_macs(spec)
         case _:
             raise TypeError(f"{type(spec).__name__} is no family of models")
 
 
-def exaflops(spec: ModelSpec, images: int) -> float:
-    """Training cost: 6 x MACs x images / 1e18, for forward and backward, two operations a MAC
-    (section 4.4)."""
-    return 6 * macs(spec) * images / 1e18
+def macs(spec: ModelSpec) -> int:
+    """Multiply-accumulates of one image's forward pass: the sum of `part_macs`."""
+    return sum(part_macs(spec))
 
 
 def model_cost(spec: ModelSpec) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from patchword.data.seeding import derived_seed
 from patchword.models.model import Model
 from patchword.models.vit import ViT
-from patchword.models.zoo import macs, variant_name
+from patchword.models.zoo import macs, part_macs, variant_name
 from patchword.objectives import mae, masked_patch
 from patchword.objectives.base import Objective
 from patchword.objectives.classification import Classification
@@ -74,18 +74,33 @@ def check_objective(spec: TrainSpec, model: ModelSpec) -> None:
 
 
 def training_exaflops(spec: TrainSpec, model: ModelSpec, images: int) -> float:
-    """As `models.zoo.exaflops`, of what the objective computes."""
-    return 6 * training_macs(spec, model) * images / 1e18
+    """What a run computes for so many images, two operations a multiply-accumulate.
+
+    The forward pass of everything counts once. What is trained counts twice more, for the gradients
+    of its weights and of its inputs (section 4.4: 6 x MACs x images / 1e18 where all is trained).
+    What lies below the lowest trained part has no backward pass. LoRA's matrices count as trained:
+    the gradient of each whole matrix is computed, and then projected; the products with the
+    additions themselves, once a step and not once an image, are left out.
+    """
+    forward = training_macs(spec, model)
+    return (2 * forward + 4 * (forward - _frozen_macs(spec, model))) * images / 1e18
 
 
 def training_macs(spec: TrainSpec, model: ModelSpec) -> int:
-    """Multiply-accumulates of one image's forward pass in training, counted as `models.vit.macs`
-    does: of the model and the objective's parts, for as many tokens as they see."""
+    """Multiply-accumulates of one image's forward pass in training, counted as `models.vit`'s
+    `part_macs` does: of the model and the objective's parts, for as many tokens as they see."""
     if spec.objective == "classification" or not isinstance(model, ViTSpec):
-        return macs(model)
+        return sum(part_macs(model, training=True))
     bare = dataclasses.replace(model, num_classes=0)
     if spec.objective == "mae":
         return mae.macs(bare, spec.pretrain)
     rate, patches = spec.pretrain.mask_rate or masked_patch.RATE, math.prod(model.grid)
     head = round(rate * patches) * model.width * masked_patch.outputs(model, spec.pretrain)
     return macs(bare) + head
+
+
+def _frozen_macs(spec: TrainSpec, model: ModelSpec) -> int:
+    """Of those, what lies below the lowest part that is trained (`TuneSpec`)."""
+    parts = part_macs(model, training=True)  # embedding, blocks, head
+    below = {"all": 0, "lora": 1, "last": len(parts) - 1 - spec.tuning.last_blocks}
+    return sum(parts[: below[spec.tuning.tune]])

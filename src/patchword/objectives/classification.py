@@ -30,8 +30,8 @@ def classification_loss(
 
     `logits` float `[B, K]`; `targets` int64 `[B]` class indices, or float `[B, K]` shares that sum
     to 1. `softmax`: cross-entropy. `sigmoid`: binary cross-entropy summed over the classes, each
-    on its own, as the authors' public code has it for JFT, ImageNet-21k and AugReg. Label smoothing mixes
-    the targets with 1 / K.
+    on its own, as the authors' public code has it for JFT, ImageNet-21k and AugReg. Label
+    smoothing mixes the targets with 1 / K.
 
     With `weights` float `[K]` the loss of an image of class k counts `weights[k]` times, that of a
     mixed one what its shares add up to, so that mixing stays linear: the sum of the shares' losses.

@@ -52,8 +52,8 @@ class Decoder(nn.Module):
     out, in the decoder's width, and a learned [mask] token for each masked patch get the fixed
     sin-cos positions and go through the blocks; the last of them computes the masked patches alone.
     Initialised as MAE's public code (models_mae): matrices Xavier uniform, variance 2 / (in + out),
-    those of q, k and v as the one of 3 D rows that they are in, so 1 / (2 D), half of what the model
-    itself has; biases 0, [mask] normal with a standard deviation of 0.02.
+    q, k and v as the one of 3 D rows that they are in, so 1 / (2 D), half of what the model itself
+    has; biases 0, [mask] normal with a standard deviation of 0.02.
     """
 
     def __init__(self, model: ViTSpec, spec: PretrainSpec) -> None:

@@ -31,8 +31,8 @@ class Outputs(NamedTuple):
     pooled: Tensor
     """float `[B, D]`"""
     tokens: Tensor
-    """float `[B, N, D]`, the patches that are pooled, row by row: after the last LayerNorm, or before
-    it where it comes after the pooling (`ViTSpec.pool_norm`), as there it is made for the mean"""
+    """float `[B, N, D]`, the patches, row by row: after the last LayerNorm, but before it with
+    `ViTSpec.pool_norm`, for then it is the norm of their mean and never acts on a patch"""
     grid: tuple[int, int]
     """patches along height and width; N = their product"""
 

@@ -3,9 +3,9 @@
 Standard library only, so that help needs no torch. Sections and tables are those of the ViT paper
 (arXiv 2010.11929). Table 3 gives neither the loss nor the cropping: sigmoid cross-entropy on JFT
 and ImageNet-21k, Inception crops and bilinear resizing are what the authors' public code
-(big_vision) has. With the sigmoid loss a fresh head's bias is -log K (-6.9 for ImageNet's classes),
-see `workflows.runs.build_model`. Where ImageNet or JFT come undivided, 1 % is held out to choose the best weights.
-Recipes that start from weights are in `transfer_recipes`, those without labels in
+(big_vision) has. With the sigmoid loss a fresh head's bias is -log K, -6.9 for ImageNet's classes
+(`workflows.runs.build_model`). Where ImageNet or JFT come undivided, 1 % is held out to choose the
+best weights. Recipes that start from weights are in `transfer_recipes`, those without labels in
 `pretrain_recipes`.
 """
 
@@ -337,8 +337,8 @@ for _name, _preset, _magnitude, _mixup in (
     _add(
         f"augreg-{_name}",
         f"ViT-S/16 on ImageNet, {_name} augmentation, 300 epochs",
-        source=f'"How to train your ViT?" (arXiv 2106.10270), {_preset}; big_vision vit_i1k: sigmoid '
-        "loss, no dropout, no stochastic depth",
+        source=f'"How to train your ViT?" (arXiv 2106.10270), {_preset}; big_vision vit_i1k: '
+        "sigmoid loss, no dropout, no stochastic depth",
         expected="figure 4 of that paper; the best strength depends on model and data",
         images=IMAGENET,
         settings={
