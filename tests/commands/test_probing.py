@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchword import PatchwordError, UsageError, create_model, load_model, save_model
+from patchword import PatchwordError, UsageError, ViT, create_model, load_model, save_model
 from patchword.commands.probing import measure_probes, probe_parts
 from patchword.data.sources import Source, open_source
 from patchword.evaluation.fewshot import few_shot_accuracies
@@ -38,7 +38,7 @@ def test_the_fields_of_the_json(finished: Path, photos: Path, as_json: AsJson):
     found = as_json("evaluate", finished, photos, *ALL)
     assert found.keys() == {
         *("fewshot", "knn", "logistic"),
-        *("split", "n", "support", "skipped"),
+        *("layer", "split", "n", "support", "skipped"),
     }
     assert list(found["fewshot"]) == ["1", "5", "10", "25"]
     for row in found["fewshot"].values():
@@ -46,11 +46,12 @@ def test_the_fields_of_the_json(finished: Path, photos: Path, as_json: AsJson):
         assert 0 <= row["mean"] <= 1
     assert list(found["knn"]) == ["10", "20"]
     assert found["logistic"].keys() == {"top1", "l2", "development_top1"}
+    assert found["layer"] == "pooled"  # its head is one linear layer
     assert (found["split"], found["n"], found["support"]) == ("test", 4, 28)
     assert found["fewshot"]["10"]["mean"] > 0.8  # the run learned the colours
     assert found["logistic"]["top1"] > 0.7
     one = as_json("evaluate", finished, photos, "--probe", "knn", "--workers", 0)
-    assert one == {key: found[key] for key in ("knn", "split", "n", "support", "skipped")}
+    assert one == {key: found[key] for key in ("knn", "layer", "split", "n", "support", "skipped")}
 
 
 def test_the_table_and_what_is_said(
@@ -61,7 +62,7 @@ def test_the_table_and_what_is_said(
     assert code == 0, err
     for words in ("few-shot", "25 a class", "nearest neighbours", "k 20", "logistic regression"):
         assert words in out
-    assert "split test: held out by first; learned from 28 images of train" in err
+    assert "split test: held out by first; learned from 28 images of train; features pooled" in err
     assert "3 of 3 classes have fewer than 25 images to learn from; they give all" in caplog.text
     assert len(list(cache.iterdir())) == 3
     assert "read from" not in caplog.text
@@ -192,3 +193,58 @@ def test_bfloat16_and_other_sizes(bare: Path, photos: Path, cache: Path):
     assert exact.n == rounded.n
     assert len(list(cache.iterdir())) == 4
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def hidden(tmp_path: Path) -> Path:
+    """Weights whose head has a hidden layer, which makes everything nearly the same."""
+    torch.manual_seed(0)
+    model = create_model("ViT-mu/8", 3, 16, head="mlp")
+    assert isinstance(model, ViT)
+    assert model.pre_logits is not None
+    torch.nn.init.normal_(model.pre_logits.weight, std=0.3)
+    return save_model(model, tmp_path / "hidden.safetensors")
+
+
+def test_a_hidden_layer_is_probed_behind_unless_asked(
+    hidden: Path, photos: Path, cache: Path, command: Command, as_json: AsJson
+):
+    """As the authors' code has it (big_vision, common_fewshot: pre_logits). Their files differ."""
+    model, source = load_model(hidden), open_source(str(photos))
+    parts = probe_parts(source, None, None, 0)
+    for layer, flags in (("pre-logits", ()), ("pooled", ("--layer", "pooled"))):
+        found = as_json("evaluate", hidden, photos, *ALL, *flags)
+        assert found["layer"] == layer
+        features = [
+            extract(model, source, at, device="cpu", cache=False)
+            for at in (parts.train, parts.queries)
+        ]
+        rows = [part.pooled for part in features]
+        if layer == "pre-logits":
+            rows = [torch.tanh(model.pre_logits(part)).detach() for part in rows]  # type: ignore[operator]
+        wanted = few_shot_accuracies(
+            *(rows[0], features[0].labels, rows[1], features[1].labels, 3), shots=(5,)
+        )
+        assert found["fewshot"]["5"]["mean"] == pytest.approx(wanted[5].mean)
+    assert len(list(cache.iterdir())) == 6
+    code, _, err = command("evaluate", hidden, photos, *ALL)
+    assert code == 0
+    assert "; features pre-logits" in err
+
+
+def test_a_layer_without_a_probe(hidden: Path, photos: Path, command: Command):
+    code, _, err = command("evaluate", hidden, photos, "--layer", "pooled")
+    assert code == 2
+    assert "--layer goes with --probe" in err
+
+
+def test_without_a_hidden_layer_the_layers_are_one(
+    finished: Path, photos: Path, cache: Path, as_json: AsJson
+):
+    """Also on disk: what earlier versions kept is still read."""
+    found = [
+        as_json("evaluate", finished, photos, *ALL, "--layer", layer)
+        for layer in ("pooled", "pre-logits")
+    ]
+    assert found[0] == found[1]
+    assert len(list(cache.iterdir())) == 3

@@ -17,7 +17,7 @@ from patchword.data.images import BadImage
 from patchword.data.sources import Source, open_source
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.models.model import Model
-from patchword.session.features import Features, cache_folder, extract
+from patchword.session.features import Features, cache_folder, cache_key, extract
 
 
 @pytest.fixture
@@ -340,3 +340,35 @@ def test_bfloat16_leaves_the_model_alone(model: Model, source: Source):
     assert rounded.pooled.dtype == torch.float32
     difference = (exact.pooled - rounded.pooled).abs().max()
     assert 0 < difference < 0.1 * exact.pooled.abs().max()
+
+
+def test_features_after_a_hidden_layer(source: Source, tmp_path: Path):
+    """tanh of the pre-logits layer, in a file of its own that depends on that layer's weights."""
+    net = create_model("ViT-mu/8", 5, 16, head="mlp")
+    assert isinstance(net, ViT)
+    assert net.pre_logits is not None
+    with torch.no_grad():
+        torch.nn.init.normal_(net.pre_logits.weight, std=0.3)
+        pooled = take(net, source, tmp_path)
+        found = take(net, source, tmp_path, layer="pre-logits")
+        assert not torch.allclose(found.pooled, pooled.pooled, atol=0.01)
+        torch.testing.assert_close(found.pooled, torch.tanh(net.pre_logits(pooled.pooled)))
+        assert take(net, source, tmp_path, layer="pre-logits").cached is not None
+        keys = [cache_key(net, source, ORDER, "float32", at) for at in ("pooled", "pre-logits")]
+        net.pre_logits.bias.add_(1)
+        moved = [cache_key(net, source, ORDER, "float32", at) for at in ("pooled", "pre-logits")]
+    assert keys[0] == cache_key(net, source, ORDER, "float32") == moved[0]
+    assert len({*keys, *moved}) == 3
+
+
+def test_without_a_hidden_layer_there_is_one_file(model: Model, source: Source, tmp_path: Path):
+    assert torch.equal(
+        take(model, source, tmp_path).pooled,
+        take(model, source, tmp_path, layer="pre-logits").pooled,
+    )
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_unknown_layer_is_named(model: Model, source: Source):
+    with pytest.raises(UsageError, match="unknown layer 'prelogits'; did you mean pre-logits"):
+        take(model, source, False, layer="prelogits")

@@ -99,6 +99,8 @@ class EvaluateArguments(_ModelArguments):
     probe: tyro.conf.UseAppendAction[tuple[Literal["fewshot", "knn", "logistic"], ...]] = ()
     """instead, measure what the model's features are worth: fewshot, knn or logistic, fitted to the
     train part without training the model; several, if given several times"""
+    layer: Literal["pre-logits", "pooled"] | None = None
+    """with --probe: probe after the hidden layer of the model's head, if it has one, or before"""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """what to do with an image that cannot be read"""
 

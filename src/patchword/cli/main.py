@@ -79,9 +79,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     """Accuracy, calibration, loss, and per class."""
     args = read(EvaluateArguments, arguments, "evaluate")
     settings = args.settings()
-    probes = settings.pop("probe")
+    probes, layer = settings.pop("probe"), settings.pop("layer")
     if probes:
-        return _probe(settings, probes, args.json)
+        return _probe(settings | ({"layer": layer} if layer else {}), probes, args.json)
+    if layer:
+        raise UsageError("--layer goes with --probe: say which, fewshot, knn or logistic")
     from patchword.session.measuring import evaluate as measure
 
     done = measure(**settings, console=err)
@@ -99,6 +101,7 @@ def _probe(settings: dict[str, Any], probes: Sequence[ProbeName], as_json: bool)
 
     done = measure_probes(**settings, probes=probes, console=err)
     said = f"split {done.split}: {done.why}; learned from {done.support:,} images of train"
+    said += f"; features {done.layer}"
     err.print(said, highlight=False, soft_wrap=True)
     if as_json:
         out.print_json(data=done.to_dict())

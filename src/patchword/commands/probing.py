@@ -22,7 +22,13 @@ from patchword.evaluation.linear import accuracy
 from patchword.evaluation.probe import Probe, knn, sweep_logistic
 from patchword.models.model import Model
 from patchword.session.device import resolve_device, resolve_precision
-from patchword.session.features import Features, eval_batch_size, extract
+from patchword.session.features import (
+    Features,
+    Layer,
+    eval_batch_size,
+    extract,
+    known_layer,
+)
 from patchword.session.measuring import eval_workers, known_parts, load_net, run_of
 from patchword.spec.data import DataSpec
 from patchword.spec.parse import PatchwordError, UsageError, nearest
@@ -52,6 +58,8 @@ class Probing:
     """The accuracies, as fractions, and what they were measured on. A probe that was not asked for
     is None."""
 
+    layer: Layer
+    """of which features: `pre-logits`, after the hidden layer of the model's head, or `pooled`"""
     split: str
     why: str
     support: int
@@ -85,7 +93,7 @@ class Probing:
                 "l2": chosen.l2,
                 "development_top1": chosen.accuracy,
             }
-        about = {"split": self.split, "n": self.n, "support": self.support}
+        about = {"layer": self.layer, "split": self.split, "n": self.n, "support": self.support}
         return found | about | {"skipped": self.skipped}
 
 
@@ -94,6 +102,7 @@ def measure_probes(
     data: str | Path,
     probes: Sequence[ProbeName] = get_args(ProbeName),
     *,
+    layer: Layer = "pre-logits",
     split: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
@@ -110,13 +119,15 @@ def measure_probes(
 ) -> Probing:
     """Few-shot, kNN and logistic probes of a model's frozen features on a data source.
 
-    The probes learn from the train part and are measured on `split`: test by default, else val. The
-    logistic probe's regulariser is chosen on the val part or, where that is measured on or missing,
-    on a tenth of the train part. Data that have no parts are divided as `patchword train` divides
-    them, by `seed`, or as the run did that the model lies in. `model`, with or without a head, and
-    the other options are as in `evaluate`; `cache` as in `features.extract`. Raises
-    `PatchwordError` if the model is missing or damaged, the data have no train part, or no image
-    can be read, and `UsageError` if there is no part `split`.
+    A model whose head has a hidden layer is probed after it, where the authors' public code does
+    (big_vision, common_fewshot: `pre_logits`), unless `layer` is `pooled`; it makes no difference
+    to others. The probes learn from the train part and are measured on `split`: test by default,
+    else val. The logistic probe's regulariser is chosen on the val part or, where that is measured
+    on or missing, on a tenth of the train part. Data that have no parts are divided as `patchword
+    train` divides them, by `seed`, or as the run did that the model lies in. `model`, with or
+    without a head, and the other options are as in `evaluate`; `cache` as in `features.extract`.
+    Raises `PatchwordError` if the model is missing or damaged, the data have no train part, or no
+    image can be read, and `UsageError` if there is no part or layer of that name.
     """
     for name in probes:
         if name not in get_args(ProbeName):
@@ -138,6 +149,7 @@ def measure_probes(
             batch_size=batch_size,
             workers=workers,
             precision=resolve_precision(precision, where),
+            layer=layer,
             cache=cache,
             on_bad=on_bad_image,
             console=console,
@@ -148,7 +160,17 @@ def measure_probes(
     if "logistic" in probes and not np.isin(parts.development, parts.train).all():
         development = features(parts.development, "val")
     with console.status("fitting the probes"):
-        return _measure(source, parts, train, queries, development, probes, shots, seeds)
+        return _measure(
+            known_layer(net, layer),
+            source,
+            parts,
+            train,
+            queries,
+            development,
+            probes,
+            shots,
+            seeds,
+        )
 
 
 def part_features(
@@ -161,6 +183,7 @@ def part_features(
     batch_size: int | None,
     workers: int | None,
     precision: torch.dtype,
+    layer: Layer = "pooled",
     cache: bool | Path,
     on_bad: OnBad,
     console: Console,
@@ -182,6 +205,7 @@ def part_features(
             batch_size=batch_size or eval_batch_size(net),
             workers=eval_workers(workers, len(indices)),
             precision=str(precision).removeprefix("torch."),
+            layer=layer,
             cache=cache,
             on_bad=on_bad,
             progress=progress,
@@ -192,6 +216,7 @@ def part_features(
 
 
 def _measure(
+    layer: Layer,
     source: Source,
     parts: Parts,
     train: Features,
@@ -219,6 +244,7 @@ def _measure(
         chosen = _logistic(train, development, parts, classes)
         share = accuracy(chosen.weight, chosen.bias, queries.pooled, queries.labels)
     return Probing(
+        layer=layer,
         split=parts.split,
         why=parts.why,
         support=len(train.labels),

@@ -48,9 +48,15 @@ class Model(nn.Module, Generic[Spec]):
         """`features(images).pooled` alone, `[B, D]`, which may cost less."""
         return self.features(images).pooled
 
+    def represent(self, pooled: Tensor) -> Tensor:
+        """What the head's last layer takes, "pre-logits": of pooled features `[B, D]` they
+        themselves, or after the hidden layer that the head may have, `[B, D']`."""
+        return pooled
+
     def classify(self, pooled: Tensor) -> Tensor:
         """The head: `[B, D]` to logits `[B, K]`; the identity if the spec has no classes."""
-        return pooled if self.head is None else self.head(pooled)
+        represented = self.represent(pooled)
+        return represented if self.head is None else self.head(represented)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images).pooled)

@@ -175,10 +175,8 @@ class ViT(Model[ViTSpec]):
         zeros = table.new_zeros(1, missing, table.shape[2])
         return torch.cat([table[:, :first], zeros, table[:, first:]], dim=1)
 
-    def classify(self, pooled: Tensor) -> Tensor:
-        if self.pre_logits is not None:
-            pooled = torch.tanh(self.pre_logits(pooled))
-        return super().classify(pooled)
+    def represent(self, pooled: Tensor) -> Tensor:
+        return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
 
 
 def _tokens(count: int, width: int) -> nn.Parameter | None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL
@@ -25,6 +25,7 @@ from patchword.data.loader import OnBad, eval_batches
 from patchword.data.sources import Source
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.models.model import Model
+from patchword.models.vit import ViT
 from patchword.models.zoo import spec_to_dict
 from patchword.spec.parse import PatchwordError, UsageError, nearest, to_dict
 from patchword.weights.native import load_tensors, save_tensors
@@ -33,6 +34,9 @@ logger = logging.getLogger("patchword")
 VERSION = 2
 """Raised when the same model and images come to give other features."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Layer = Literal["pooled", "pre-logits"]
+"""Where features are taken: before the head, or what its last layer takes, which differs after a
+hidden layer (`ViTSpec.head` is `mlp`)."""
 HEAD_FIELDS = frozenset({"num_classes", "head", "probability"})
 """Fields of a model's spec that its features do not depend on."""
 
@@ -42,7 +46,8 @@ class Features:
     """What a model makes of N images that could be read."""
 
     pooled: Tensor
-    """float32 `[N, D]`, on the CPU: `Model.features(images).pooled`, before the head"""
+    """float32 `[N, D]`, on the CPU: `Model.features(images).pooled`, before the head, or what
+    `Model.represent` makes of it (`Layer`)"""
     labels: Tensor
     """int64 `[N]`, as the source numbers its classes"""
     indices: Tensor
@@ -72,11 +77,13 @@ def extract(
     batch_size: int = 64,
     workers: int = 0,
     precision: str = "float32",
+    layer: Layer = "pooled",
     cache: bool | Path = True,
     on_bad: OnBad = "skip",
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Pooled features of the images `indices` of `source`, cut as in evaluation (`EvalTransform`).
+    """Features of the images `indices` of `source`, cut as in evaluation (`EvalTransform`), at
+    `layer` of the model.
 
     The model is left as it is, but for where it lies: it is moved to `device` and put into
     evaluation mode. Memory: the result, 4 N D bytes, and one batch. `progress` is called with
@@ -95,19 +102,21 @@ def extract(
     """
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}{nearest(precision, PRECISIONS)}")
+    if layer not in get_args(Layer):
+        raise UsageError(f"unknown layer {layer!r}{nearest(layer, get_args(Layer))}")
     indices = np.ascontiguousarray(indices, np.int64)
     if not len(indices):
         raise PatchwordError("no images to compute features of; choose another part of the data")
     path = None
     if cache is not False:
         folder = cache_folder() if cache is True else cache
-        path = folder / f"{cache_key(model, source, indices, precision)}.safetensors"
+        path = folder / f"{cache_key(model, source, indices, precision, layer)}.safetensors"
         found = _read(path, source, indices)
         if found is not None and not (found.bad and on_bad == "fail"):
             logger.info("features of %s images read from %s", f"{len(indices):,}", path)
             return found
     rows, bad = _compute(
-        model, source, indices, device, batch_size, workers, precision, on_bad, progress
+        model, source, indices, device, batch_size, workers, precision, layer, on_bad, progress
     )
     if path is not None:
         transform = EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
@@ -123,15 +132,29 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "patchword") / "features"
 
 
-def cache_key(model: Model, source: Source, indices: np.ndarray, precision: str) -> str:
+def known_layer(model: Model, layer: Layer) -> Layer:
+    """`layer`, or `pooled` if the model's head has no hidden layer: they are the same then."""
+    hidden = isinstance(model, ViT) and model.pre_logits is not None
+    return layer if hidden else "pooled"
+
+
+def cache_key(
+    model: Model,
+    source: Source,
+    indices: np.ndarray,
+    precision: str,
+    layer: Layer = "pooled",
+) -> str:
     """SHA-256 (hex) of what features depend on: the body's weights and spec, the preprocessing,
     the data's fingerprint (`Source.digests`: names, labels, classes, and the contents of files, or
     for a data set of the hub its name and versions), the positions, the precision, and the versions
     of this code and Pillow.
 
-    The head counts for nothing: a model with new classes has the same features. Nor does the
-    device, whose rounding differs by parts in a million.
+    The head counts for nothing: a model with new classes has the same features; but its hidden
+    layer does, for features after it. Nor does the device, whose rounding differs by parts in a
+    million.
     """
+    hidden = known_layer(model, layer) == "pre-logits"
     spec = spec_to_dict(model.spec)
     about = {
         "version": VERSION,
@@ -140,11 +163,11 @@ def cache_key(model: Model, source: Source, indices: np.ndarray, precision: str)
         "preprocess": to_dict(model.preprocess),
         "data": source.fingerprint,
         "precision": precision,
-    }
+    } | ({"layer": layer} if hidden else {})
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     digest.update(indices.astype("<i8").tobytes())
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(model.HEADS):
+        if not name.startswith(model.HEADS) or (hidden and name.startswith("pre_logits.")):
             digest.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
             plain = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(plain.view(torch.uint8).numpy())
@@ -160,6 +183,7 @@ def _compute(
     batch_size: int,
     workers: int,
     precision: str,
+    layer: Layer,
     on_bad: OnBad,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, dict[int, str]]:
@@ -177,7 +201,8 @@ def _compute(
         images = batch.images if batch.mask.all() else batch.images[batch.mask]
         if len(images):
             inputs = to_input(images.to(device), model.preprocess, dtype)
-            pooled = module.pooled_features(inputs).float().cpu()
+            pooled = module.pooled_features(inputs)
+            pooled = (module.represent(pooled) if layer == "pre-logits" else pooled).float().cpu()
             _check(pooled, source, batch.indices[batch.mask])
             if rows is None:
                 rows = torch.empty(len(indices), pooled.shape[1])
