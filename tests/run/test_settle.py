@@ -130,8 +130,8 @@ def accuracies(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
     given: dict[tuple[int, int], float] = {}
     real = starting.probe_head
 
-    def worth(inputs: Inputs, console: Any) -> Any:
-        found = real(inputs, console)
+    def worth(inputs: Inputs, console: Any, **options: Any) -> Any:
+        found = real(inputs, console, **options)
         assert found is not None
         return dataclasses.replace(found, accuracy=given[inputs.spec.size])
 

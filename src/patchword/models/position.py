@@ -218,10 +218,8 @@ def resample_offsets(table: Tensor, prefix: int, old_grid: Grid, new_grid: Grid)
     return torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], share)
 
 
-def resample_positions(tensors: dict[str, Tensor], old: ViTSpec, new: ViTSpec) -> bool:
-    """Fit the position parameters among a ViT's `tensors`, in place, to another image size;
-    whether any changed."""
-    found = False
+def resample_positions(tensors: dict[str, Tensor], old: ViTSpec, new: ViTSpec) -> None:
+    """Fit the position parameters among a ViT's `tensors`, in place, to another image size."""
     for name in [name for name in tensors if name.startswith("positions.")]:
         value, kind = tensors[name], name.rsplit(".", 1)[1]
         if kind == "table":
@@ -232,6 +230,4 @@ def resample_positions(tensors: dict[str, Tensor], old: ViTSpec, new: ViTSpec) -
             axis = 0 if kind == "rows" else 1
             before, after = old.grid[axis], new.grid[axis]
             fitted = resample_position_embedding(value, (before, 1), (after, 1))
-        found |= fitted is not value
         tensors[name] = fitted
-    return found

@@ -44,7 +44,6 @@ from patchword.spec.model import ModelSpec, PreprocessSpec
 from patchword.spec.parse import PatchwordError, UsageError, differences, nearest, parse, to_dict
 from patchword.spec.train import ModelOptions, TrainSpec
 from patchword.training.checkpoint import replace_text
-from patchword.training.optim import span
 from patchword.training.recipes import recipe_spec
 from patchword.training.tuning import trained_names
 from patchword.weights.load import describe_weights, transfer
@@ -264,8 +263,6 @@ def check_init_outlives(run: Path, spec: TrainSpec) -> None:
 
 def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
     """The spec with its length in steps, and what depends on it."""
-    if span(spec.optim.warmup, steps) == steps > 1:
-        logger.warning("the warm-up takes all %d steps; give a shorter --warmup", steps)
     eval_every = spec.eval_every or max(1, math.ceil(steps / 10))
     return dataclasses.replace(
         spec,
@@ -276,9 +273,10 @@ def with_steps(spec: TrainSpec, steps: int) -> TrainSpec:
     )
 
 
-def build_model(spec: TrainSpec, source: Source) -> Model:
+def build_model(spec: TrainSpec, source: Source, *, quiet: bool = False) -> Model:
     """The model that a run starts from, a pure function of the resolved spec and the data. Raises
-    `UsageError` if it has no such parts as are to be trained, or is not one for the objective.
+    `UsageError` if it has no such parts as are to be trained, or is not one for the objective. The
+    log says what weights it comes from, unless `quiet`.
 
     A self-supervised one has no head, whatever the labels of the data.
     With the sigmoid loss a fresh model's head starts at a bias of -log K, so that every class
@@ -295,6 +293,7 @@ def build_model(spec: TrainSpec, source: Source) -> Model:
             num_classes=count,
             image_size=spec.size,
             trust_pickle=spec.trust_pickle,
+            quiet=quiet,
             **options,
         )
     else:

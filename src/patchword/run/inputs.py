@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
@@ -30,8 +29,7 @@ from patchword.session.features import eval_batch_size
 from patchword.spec.batch import Batch
 from patchword.spec.parse import PatchwordError
 from patchword.spec.train import TrainSpec
-
-logger = logging.getLogger("patchword")
+from patchword.training.loop import name_bad
 
 
 @dataclass(kw_only=True)
@@ -46,6 +44,8 @@ class Inputs:
     cached: ImageCache | None = None
     bad: dict[int, str] = field(default_factory=dict)
     """images that could not be read for an evaluation: position in the source -> reason"""
+    named: set[int] = field(default_factory=set)
+    """positions of the unreadable images that the log has named"""
 
     def __post_init__(self) -> None:
         spec, model = self.spec, self.model
@@ -105,13 +105,10 @@ class Inputs:
         return self.augment(to_input(images, self.model.preprocess), labels, generator)
 
     def note_bad(self, batch: Batch) -> None:
-        """Name each unreadable image once."""
+        """Keep count of unreadable images, and name each once."""
         for index, reason in batch.bad:
-            if index not in self.bad:
-                self.bad[index] = reason
-                logger.warning(
-                    "skipped an unreadable image: %s: %s", self.source.location(index), reason
-                )
+            self.bad.setdefault(index, reason)
+            name_bad(index, reason, self.source.location, self.named)
 
     def evaluator(self, part: str, some: np.ndarray | None = None) -> Classify:
         """Measures a model on a part of the data, or on `some` of its images."""

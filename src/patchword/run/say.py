@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from rich.console import Console
 
 from patchword.data.balance import imbalance
@@ -13,10 +15,12 @@ from patchword.models.model import Model
 from patchword.models.zoo import variant_name
 from patchword.objectives import training_exaflops, training_macs
 from patchword.spec.train import TrainSpec
+from patchword.training.optim import span
 from patchword.training.recipes import find_recipe
 from patchword.training.tuning import trained_count
 from patchword.weights.pretrained import suggested
 
+logger = logging.getLogger("patchword")
 FEW_IMAGES = 100_000
 """Fewer are said to be few to train from scratch on. The smallest set of the paper is ImageNet,
 1.3 million images; even from that the large models are worse than the small, and B/16 reaches
@@ -83,6 +87,13 @@ def say_better(console: Console, spec: TrainSpec, source: Source, train_images: 
         highlight=False,
         soft_wrap=True,
     )
+
+
+def say_warmup(spec: TrainSpec) -> None:
+    """Warns where the learning rate never reaches its peak for long."""
+    steps = spec.steps or 0
+    if span(spec.optim.warmup, steps) == steps > 1:
+        logger.warning("the warm-up takes all %d steps; give a shorter --warmup", steps)
 
 
 def say_cost(console: Console, spec: TrainSpec, model: Model, train_images: int) -> None:

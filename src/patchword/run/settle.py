@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from patchword.spec.parse import PatchwordError
 from patchword.spec.train import TrainSpec, seconds
 from patchword.training.optim import learning_rate
 from patchword.training.trainer import Trainer
+from patchword.weights.load import say_resampled
 
 SIZE_IMAGES = 2000
 """of train and of val each, at most, by whose features resolutions are compared"""
@@ -57,8 +59,9 @@ def settle(
     """
     inputs.spec = spec
     if spec.probe:
-        spec = _fitting_batch(inputs, console)
-        inputs.spec = spec
+        inputs.spec = spec = _fitting_batch(inputs)
+        if (parts := spec.optim.accumulate) > 1:
+            console.print(f"batch of {spec.batch_size} in {parts} parts, for want of memory")
     with memory_explained(spec):
         timed, pace = spec.steps is None, 0.0
         if timed:
@@ -106,7 +109,7 @@ def at_fitting_size(inputs: Inputs, started: float, console: Console) -> Inputs:
     if size == spec.size or not len(inputs.division["val"]):
         return inputs
     larger = dataclasses.replace(spec, image_size=size)
-    model = runs.build_model(larger, inputs.source)
+    model = runs.build_model(larger, inputs.source, quiet=True)
     other = dataclasses.replace(inputs, spec=larger, model=model)
     here, there = _by(spec.size), _by(size)
     if spec.time is not None:
@@ -121,7 +124,7 @@ def at_fitting_size(inputs: Inputs, started: float, console: Console) -> Inputs:
     }
     found: list[float] = []
     for tried in (inputs, other):
-        probe = probe_head(dataclasses.replace(tried, division=sampled), console)
+        probe = probe_head(dataclasses.replace(tried, division=sampled), console, quiet=True)
         if probe is None:
             return inputs
         found.append(probe.accuracy)
@@ -132,7 +135,10 @@ def at_fitting_size(inputs: Inputs, started: float, console: Console) -> Inputs:
         highlight=False,
         soft_wrap=True,
     )
-    return other if better else inputs
+    if not better:
+        return inputs
+    say_resampled(Path(spec.init or ""), inputs.model.spec, model.spec)
+    return other
 
 
 def _by(size: tuple[int, int]) -> str:
@@ -141,7 +147,7 @@ def _by(size: tuple[int, int]) -> str:
 
 def _epochs_in_time(inputs: Inputs, started: float, console: Console) -> float:
     """About as many epochs as the run will have, by the time of a step."""
-    inputs.spec = spec = _fitting_batch(inputs, console)
+    inputs.spec = spec = _fitting_batch(inputs)
     with memory_explained(spec), console.status("measuring the time of a step"):
         pace = _pace(_trial(inputs, 1000), inputs, _limit(spec) / 3)
     left = 0.75 * (seconds(spec.time or "") - (time.monotonic() - started))
@@ -151,12 +157,12 @@ def _epochs_in_time(inputs: Inputs, started: float, console: Console) -> float:
 # A head to start from -----------------------------------------------------------------------------
 
 
-def probe_head(inputs: Inputs, console: Console) -> Probe | None:
+def probe_head(inputs: Inputs, console: Console, *, quiet: bool = False) -> Probe | None:
     """A logistic regression on the model's frozen features, its regulariser chosen on the val part:
     a usable classifier before any training.
 
-    The features are kept on disk (`features.extract`). Returns None where the head is not one
-    linear layer on them.
+    The features are kept on disk (`features.extract`, `quiet` as there). Returns None where the
+    head is not one linear layer on them.
     """
     model, division = inputs.model, inputs.division
     if model.head is None or (isinstance(model, ViT) and model.pre_logits is not None):
@@ -173,6 +179,7 @@ def probe_head(inputs: Inputs, console: Console) -> Probe | None:
                     batch_size=eval_batch_size(model),
                     workers=inputs.workers if len(division[part]) > 256 else 0,
                     precision=inputs.spec.precision,
+                    quiet=quiet,
                     on_bad=inputs.spec.data.on_bad_image,
                     progress=lambda done, total, part=part: status.update(
                         f"features of {part}: {done:,}/{total:,} images"
@@ -205,7 +212,7 @@ def _probe(train: Features, val: Features | None, classes: int) -> Probe:
 # The batch ---------------------------------------------------------------------------------------
 
 
-def _fitting_batch(inputs: Inputs, console: Console) -> TrainSpec:
+def _fitting_batch(inputs: Inputs) -> TrainSpec:
     """The spec with its batch divided into as many parts as the memory needs: on a GPU the first
     number with which a step works, elsewhere by the activations that a step keeps."""
     spec = inputs.spec
@@ -228,8 +235,6 @@ def _fitting_batch(inputs: Inputs, console: Console) -> TrainSpec:
         while size * spec.batch_size / parts > room and not spec.batch_size % (2 * parts):
             parts *= 2
         spec = _accumulating(spec, parts)
-    if parts > 1:
-        console.print(f"batch of {spec.batch_size} in {parts} parts, for want of memory")
     return spec
 
 

@@ -25,6 +25,7 @@ from patchword.run.say import (
     say_data,
     say_objective,
     say_probe,
+    say_warmup,
 )
 from patchword.run.settle import at_fitting_size, memory_explained, probe_head, settle
 from patchword.session.device import (
@@ -168,6 +169,7 @@ def _train(
         runs.clear(run, runs.HEAD if ready else None)
         runs.store(run, spec, source, division)
         say_better(console, spec, source, len(division["train"]))
+    say_warmup(spec)
     say_cost(console, spec, model, len(division["train"]))
     dtype = resolve_precision(spec.precision, device)
     if ready is not None and spec.steps == 0 and model.head is not None:  # that is all of the run
@@ -206,6 +208,7 @@ def _loop(
         live=LiveLine(console),
         steps_per_epoch=len(division["train"]) / trainer.spec.batch_size,
         locate=inputs.source.location,
+        named=inputs.named,
         criterion=pretraining.criterion(inputs),
         extra_log=_tensorboard(run, trainer.spec, progress.step),
         ready_head=ready,

@@ -79,6 +79,7 @@ def extract(
     precision: str = "float32",
     layer: Layer = "pooled",
     cache: bool | Path = True,
+    quiet: bool = False,
     on_bad: OnBad = "skip",
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
@@ -91,8 +92,8 @@ def extract(
 
     With `cache`, a folder or True for `cache_folder()`, the result is kept in a file named after
     all that it depends on (`cache_key`), and read from there if it is there, whole and of the right
-    shape; the log says so. A damaged file is computed anew and replaced; a disk that cannot be
-    written costs a warning. An image whose bytes could not be read (a fault of the disk, a missing
+    shape; the log says so, unless `quiet`. A damaged file is computed anew and replaced; a disk
+    that cannot be written costs a warning. An image whose bytes could not be read (a fault of the disk, a missing
     file) is tried again each time, and all is computed anew once it can be; one that does not
     decode stays bad, as its bytes are part of the key.
 
@@ -113,7 +114,8 @@ def extract(
         path = folder / f"{cache_key(model, source, indices, precision, layer)}.safetensors"
         found = _read(path, source, indices)
         if found is not None and not (found.bad and on_bad == "fail"):
-            logger.info("features of %s images read from %s", f"{len(indices):,}", path)
+            if not quiet:
+                logger.info("features of %s images read from %s", f"{len(indices):,}", path)
             return found
     rows, bad = _compute(
         model, source, indices, device, batch_size, workers, precision, layer, on_bad, progress

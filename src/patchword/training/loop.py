@@ -50,6 +50,13 @@ Prepare = Callable[[Batch, int], "tuple[Tensor, Tensor]"]
 """A batch and its position to augmented, normalised images on the device, and targets."""
 
 
+def name_bad(index: int, reason: str, locate: Callable[[int], str], named: set[int]) -> None:
+    """Log an unreadable image, but for those `named`, to which it is added."""
+    if index not in named:
+        named.add(index)
+        logger.warning("skipped an unreadable image: %s: %s", locate(index), reason)
+
+
 class _CutShort(Exception):
     """A signal came during an evaluation."""
 
@@ -70,6 +77,8 @@ class Run:
     steps_per_epoch: float
     locate: Callable[[int], str]
     """where the image at a position of the source is"""
+    named: set[int] = field(default_factory=set)
+    """positions of the unreadable images that the log has named, shared with the evaluators"""
     criterion: Criterion = TOP1
     """what the best weights are chosen by"""
     extra_log: Callable[[dict[str, Any]], None] = lambda line: None
@@ -140,7 +149,7 @@ class Run:
         for index, reason in batch.bad:
             if str(index) not in self.trainer.progress.bad:
                 self.trainer.progress.bad[str(index)] = reason
-                logger.warning("skipped an unreadable image: %s: %s", self.locate(index), reason)
+                name_bad(index, reason, self.locate, self.named)
 
     def show(self, clock: Clock, rate: float, norm: float, total: int) -> None:
         """Move the live line; at log points, write a line of metrics."""

@@ -229,25 +229,44 @@ def transfer(
     num_classes: int,
     image_size: tuple[int, int],
     trust_pickle: bool = False,
+    quiet: bool = False,
     **options: Any,
 ) -> Model:
     """A model to fine-tune: the saved body, a zero-initialised linear head for `num_classes`, and
     the position table resampled to `image_size` (section 3.2).
 
-    `options` are regularisers of the spec to change (dropout, drop_path), or another `head`.
-    Raises `PatchwordError` if an option would change the body's tensors.
+    `options` are regularisers of the spec to change (dropout, drop_path), or another `head`. The
+    log says what was found and resampled, unless `quiet`: for a model that is only tried. Raises
+    `PatchwordError` if an option would change the body's tensors.
     """
     tensors, file = read_weights(path, trust_pickle=trust_pickle, image_size=image_size)
-    _say_found(file)
+    if not quiet:
+        _say_found(file)
     head = {"head": "linear"} if isinstance(file.spec, ViTSpec) else {}
     values = to_dict(resized(file.spec, image_size)) | head | {"num_classes": num_classes}
     spec = parse(type(file.spec), values | options)
-    return _assembled(tensors, file, spec, fresh_head=True).requires_grad_(True)
+    model = _assembled(tensors, file, spec, fresh_head=True, quiet=quiet)
+    return model.requires_grad_(True)
 
 
 def _say_found(file: WeightsFile) -> None:
     if file.format != "patchword":
         logger.info("%s", file)
+
+
+def say_resampled(path: Path, old: ModelSpec, new: ModelSpec) -> None:
+    """Says that the position table of a ViT's weights was fitted to another image size, if it
+    was."""
+    if (
+        isinstance(old, ViTSpec)
+        and isinstance(new, ViTSpec)
+        and old.grid != new.grid
+        and new.position in ("learned-1d", "learned-2d", "relative")
+    ):
+        logger.warning(
+            "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
+            *(path, *old.grid, *new.grid, *new.image_size),
+        )
 
 
 def _assembled(
@@ -257,18 +276,14 @@ def _assembled(
     *,
     classes: tuple[str, ...] = (),
     fresh_head: bool = False,
+    quiet: bool = False,
 ) -> Model:
     """The model of `spec` with a file's tensors, which it takes over without a copy."""
     _check_fit(tensors, _unfilled(file.spec, file.path), file.path)
-    if (
-        isinstance(spec, ViTSpec)
-        and isinstance(file.spec, ViTSpec)
-        and resample_positions(tensors, file.spec, spec)
-    ):
-        logger.warning(
-            "%s: position table resampled from %dx%d to %dx%d patches for %dx%d px",
-            *(file.path, *file.spec.grid, *spec.grid, *spec.image_size),
-        )
+    if isinstance(spec, ViTSpec) and isinstance(file.spec, ViTSpec):
+        resample_positions(tensors, file.spec, spec)
+    if not quiet:
+        say_resampled(file.path, file.spec, spec)
     model = _unfilled(spec, file.path)
     model.preprocess, model.classes = file.preprocess, classes
     if fresh_head:
