@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def better(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
         found = real(inputs, *rest, **options)
         accuracy = 0.9 if inputs.spec.size == given["size"] else 0.8
         assert found is not None
-        return type(found)(**vars(found) | {"accuracy": accuracy})
+        return dataclasses.replace(found, accuracy=accuracy)
 
     monkeypatch.setattr(starting, "probe_head", worth)
     return given

@@ -16,7 +16,7 @@ from patchword.spec.train import TrainSpec
 from patchword.training.trainer import Trainer
 
 IMAGES = 4
-SMALL = {"depth": 4, "pool": "gap"}
+SMALL: dict[str, Any] = {"depth": 4, "pool": "gap"}
 MU = ("ViT-mu/8", 64)
 """32 wide, 64 patches"""
 CASES: dict[str, tuple[tuple[str, int], dict[str, Any], dict[str, Any]]] = {
@@ -74,7 +74,7 @@ def test_the_cost_is_what_a_step_computes(
     assert said - left_out == pytest.approx(counted, rel=0.02)
 
 
-B = {"depth": 12, "width": 768, "mlp_width": 3072, "heads": 12}
+B: dict[str, Any] = {"depth": 12, "width": 768, "mlp_width": 3072, "heads": 12}
 
 
 def test_half_the_patches_by_hand():

@@ -72,33 +72,57 @@ class Row:
     """share masked, what is predicted, and the decoder's depth, width and heads"""
 
 
-WHOLE = {"held_out": (0.01, 0.0), "preprocess": ("bilinear", None, None)}
-MLP = {"head": "mlp"}
-JFT = WHOLE | {"schedule": "linear", "weight_decay": 0.1, "clip": 0.0, "loss": "sigmoid"}
-I21K = JFT | MLP | {"weight_decay": 0.03, "dropout": 0.1}
-I1K = WHOLE | MLP | {"weight_decay": 0.3, "dropout": 0.1}
-PLAIN = WHOLE | MLP | {"weight_decay": 0.1, "pool": "gap", "position": "sincos2d"}
+Fields = dict[str, Any]
+
+
+def but(fields: Fields, **changed: Any) -> Fields:
+    """The fields with some others."""
+    return fields | changed
+
+
+WHOLE: Fields = {"held_out": (0.01, 0.0), "preprocess": ("bilinear", None, None)}
+MLP: Fields = {"head": "mlp"}
+JFT: Fields = WHOLE | {
+    "schedule": "linear",
+    "weight_decay": 0.1,
+    "clip": 0.0,
+    "loss": "sigmoid",
+}
+I21K: Fields = JFT | MLP | {"weight_decay": 0.03, "dropout": 0.1}
+I1K: Fields = WHOLE | MLP | {"weight_decay": 0.3, "dropout": 0.1}
+PLAIN: Fields = WHOLE | MLP | {"weight_decay": 0.1, "pool": "gap", "position": "sincos2d"}
 PLAIN |= {"randaugment": (2, 10.0), "mixup": 0.2}
-AUGREG = WHOLE | MLP | {"weight_decay": 0.1, "loss": "sigmoid"}
-SGD = {"size": (384, 384), "optimizer": "sgd", "warmup": 500}
+AUGREG: Fields = WHOLE | MLP | {"weight_decay": 0.1, "loss": "sigmoid"}
+SGD: Fields = {"size": (384, 384), "optimizer": "sgd", "warmup": 500}
 SGD |= {"preprocess": ("bilinear", "stretch", None)}
 SMALL_RATES = (0.001, 0.003, 0.01, 0.03)
 LARGE_RATES = (0.003, 0.01, 0.03, 0.06)
-MASKED = WHOLE | {"model": "ViT-B/16", "objective": "masked-patch", "clip": 0.0}
+MASKED: Fields = WHOLE | {"model": "ViT-B/16", "objective": "masked-patch", "clip": 0.0}
 MASKED |= {"masking": (0.5, "mean", 8, 512, 16)}
 UNSEEN = (None, "mean", 8, 512, 16)
 SMALL_DECODER = (None, "mean", 2, 96, 3)
-CIFAR = {"model": "ViT-Ti/4", "size": (32, 32), "pool": "gap", "crop": "resize", "pad": 4}
+CIFAR: Fields = {
+    "model": "ViT-Ti/4",
+    "size": (32, 32),
+    "pool": "gap",
+    "crop": "resize",
+    "pad": 4,
+}
 CIFAR |= {
     "preprocess": (None, None, 1.0),
     "held_out": (0.04, 0.1),
     "warmup": 0.1,
     "weight_decay": 0.05,
 }
-PHOTOS = {"model": "ViT-Ti/16", "pool": "gap", "position": "sincos2d", "warmup": 0.1}
+PHOTOS: Fields = {
+    "model": "ViT-Ti/16",
+    "pool": "gap",
+    "position": "sincos2d",
+    "warmup": 0.1,
+}
 PHOTOS |= {"weight_decay": 0.05, "crop_area": (0.2, 1.0)}
 KEPT = (None, "short", 0.875)
-INIT = {"size": None, "warmup": 0.1}
+INIT: Fields = {"size": None, "warmup": 0.1}
 
 TABLE: dict[str, Row] = {
     # table 3
@@ -144,14 +168,14 @@ TABLE: dict[str, Row] = {
     "finetune": Row("20000 steps", 512, 0.03, **SGD, held_out=(0.01, 0.1), swept=LARGE_RATES),
     "finetune-512": Row(
         *("20000 steps", 512, 0.03),
-        **SGD | {"size": (512, 512)},
+        **but(SGD, size=(512, 512)),
         held_out=(0.01, 0.1),
         swept=LARGE_RATES,
         average=0.9999,
     ),
     "finetune-cifar": Row("10000 steps", 512, 0.01, **SGD, held_out=(0.02, 0.1), swept=SMALL_RATES),
     "finetune-small": Row(
-        "500 steps", 512, 0.01, **SGD | {"warmup": 100}, held_out=(0.1, 0.1), swept=SMALL_RATES
+        "500 steps", 512, 0.01, **but(SGD, warmup=100), held_out=(0.1, 0.1), swept=SMALL_RATES
     ),
     "finetune-vtab": Row("2500 steps", 512, 0.01, **SGD, held_out=(0.2, 0.1), swept=(0.01,)),
     # section B.1.2; MAE, tables 8 and 9
@@ -171,7 +195,7 @@ TABLE: dict[str, Row] = {
     ),
     "finetune-adamw": Row(
         *("50 epochs", 128, 5e-4),
-        **INIT | {"warmup": 0.05},
+        **but(INIT, warmup=0.05),
         weight_decay=0.05,
         layer_decay=0.75,
         smoothing=0.1,
@@ -244,7 +268,7 @@ TABLE: dict[str, Row] = {
         affine=(10.0, 0.1, 0.08, 5.0),
     ),
     "cifar10": Row("100 epochs", 128, 1e-3, **CIFAR, average=0.999),
-    "cifar10-small": Row("time 30m", 128, 2e-3, **CIFAR | {"weight_decay": 0.1}, average=0.998),
+    "cifar10-small": Row("time 30m", 128, 2e-3, **but(CIFAR, weight_decay=0.1), average=0.998),
     "cifar-masked-patch": Row(
         *("time 20m", 128, 1e-3),
         **CIFAR,
@@ -337,7 +361,7 @@ def test_no_row_without_a_recipe():
     assert TABLE.keys() == RECIPES.keys()
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, int]] = {
     "digits": {"depth": 4, "width": 64, "mlp_width": 256, "heads": 4},
     "cifar10": {"depth": 9, "width": 192, "mlp_width": 768, "heads": 3},
     "cifar10-small": {"depth": 6, "width": 128, "mlp_width": 512, "heads": 4},
