@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchword import create_model, list_models, save_model
+from patchword import create_model, list_models, load_model, save_model
 from patchword.cli import main as cli
 from patchword.cli.main import COMMANDS, main
 from patchword.spec.parse import Interrupted
@@ -327,6 +327,23 @@ def test_convert(command: Command, weights: Path, tmp_path: Path):
             "notes": [],
         }
         assert row["worst_logit_difference"] < 1e-5 < row["largest_logit"]
+
+
+def test_convert_stores_the_names_of_the_classes(
+    command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    plain = create_model("ViT-mu/8", 1000, 16, activation="gelu_tanh")
+    path = save_model(plain, tmp_path / "m.safetensors")
+    for format, name in (("patchword", "p.safetensors"), ("huggingface", "h"), ("timm", "t")):
+        target = tmp_path / name
+        words = ("convert", path, target, "--format", format, "--classes", "imagenet")
+        assert command(*words)[0] == 0
+        assert load_model(target).classes[134] == "crane bird"
+    assert "class names" not in caplog.text
+    target = tmp_path / "g.npz"
+    words = ("convert", path, target, "--format", "google-npz", "--classes", "imagenet")
+    assert command(*words)[0] == 0
+    assert f"{target} has no place for the class names" in caplog.text
 
 
 def test_convert_says_when_a_file_does_not_tell_all(

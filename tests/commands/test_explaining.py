@@ -154,3 +154,18 @@ def test_a_model_in_memory_and_a_window(photos: Path, tmp_path: Path) -> None:
         explain_images(model, image, out=tmp_path / "d.png", window=0)
     with pytest.raises(UsageError, match="batch_size is 0; use 1 or more"):
         explain_images(model, image, out=tmp_path / "d.png", batch_size=0)
+
+
+def test_a_class_of_imagenet_is_named_by_its_id_or_in_english(
+    photos: Path, tmp_path: Path, command: Command, as_json: Callable[..., Any]
+) -> None:
+    path = save_model(create_model("ViT-mu/8", 1000, 16), tmp_path / "m.safetensors")
+    words = ("explain", path, photos / "red" / "00.jpg", "--classes", "imagenet", "--overwrite")
+    out = ("--out", tmp_path / "p.png", "--class")
+    for name in ("n01443537", "goldfish", "Goldfish"):
+        (row,) = as_json(*words, *out, name)["images"]
+        assert row["class"] == "goldfish"
+    code, _, err = command(*words, *out, "crane")
+    assert code == 1
+    assert "n02012849 and n03126707" in " ".join(err.split())
+    assert command(*words, *out, "goldfishes")[0] == 2

@@ -366,3 +366,17 @@ def test_numbers_are_plain_json():
     values = np.array([[1 / 3, np.nan], [np.inf, 2]])
     assert numbers(values, 3) == [[0.333, None], [None, 2.0]]
     assert numbers(np.float64(1.5)) == 1.5
+
+
+def test_classes_without_names_are_named(
+    make_photos: MakePhotos, tmp_path: Path, as_json: Callable[..., Any]
+) -> None:
+    root = make_photos(tmp_path / "data", 3)
+    for before, after in (("red", "n01440764"), ("green", "goldfish"), ("blue", "n02012849")):
+        (root / before).rename(root / after)
+    path = save_model(create_model("ViT-mu/8", 1000, 16), tmp_path / "m.safetensors")
+    words = ("inspect", path, "--data", root, "--split", "all", "--pictures", 0, "--workers", 0)
+    said = {}
+    for name, more in (("plain", ()), ("named", ("--classes", "imagenet"))):
+        said[name] = as_json(*words, "--out", tmp_path / name, *more)["embedding"]["mistakes_by"]
+    assert said == {"plain": "neighbours", "named": "head"}

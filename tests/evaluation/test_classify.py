@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from patchword.evaluation.classify import Classify, match_classes, unique_names
+from patchword.data.class_names import imagenet, read_class_names
+from patchword.evaluation.classify import Classify, unique_names
+from patchword.evaluation.matching import match_classes, match_positions
 from patchword.spec.batch import Batch
 from patchword.spec.parse import PatchwordError
 
@@ -348,3 +350,51 @@ def test_no_gradient_is_kept() -> None:
     evaluator = Classify(lambda: as_batches(labels, [9]), list("abcd"), torch.Tensor.float)
     evaluator(scaled)
     assert enabled == [False]
+
+
+# Names of ImageNet, and models without names ------------------------------------------------------
+
+
+def test_imagenet_labels_match_by_id_or_by_english_name() -> None:
+    names, ids = read_class_names("imagenet"), [row.id for row in imagenet()]
+    everywhere = list(range(1000))
+    assert match_classes(ids, names) == everywhere
+    assert match_classes(names, ids) == everywhere
+    full = [row.synonyms for row in imagenet() if row.id not in ("n02012849", "n03126707")]
+    assert full[0] == "tench, Tinca tinca"
+    data = ["n02099601", "goldfish", "great_white_shark", "rot"]
+    assert match_classes(data, names) == [207, 1, 2, -1]
+    assert match_classes(["n01440764", "goldfish"], ["goldfish, Carassius auratus", "tench"]) == [
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("name", ["crane", "Crane", "cardigan", "Cardigan", "maillot"])
+def test_a_name_of_two_imagenet_classes_matches_neither(name: str) -> None:
+    for classes in (read_class_names("imagenet"), [row.id for row in imagenet()]):
+        with pytest.raises(PatchwordError, match=rf"'{name}' .* 2 classes of ImageNet.* n0\d+"):
+            match_classes(["tench", name], classes)
+
+
+def test_a_models_own_name_wins_over_imagenets() -> None:
+    assert match_classes(["crane", "maillot"], ["maillot", "crane"]) == [1, 0]
+    assert match_classes(["n02012849"], ["crane", "dog"]) == [-1]  # either crane
+
+
+def test_two_names_of_one_class_are_refused() -> None:
+    with pytest.raises(PatchwordError, match=r"'tench' and 'n01440764' are both .*'tench'"):
+        match_classes(["n01440764", "tench"], read_class_names("imagenet"))
+
+
+def test_classes_without_names_match_by_position_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert match_positions(["cat", "dog"], 2) == [0, 1]
+    assert "does not name its 2 classes" in caplog.text
+    assert "--classes" in caplog.text
+    with pytest.raises(PatchwordError, match=r"3 classes.* the data have 2.*--classes FILE") as one:
+        match_positions(["cat", "dog"], 3)
+    assert "imagenet" not in str(one.value)
+    with pytest.raises(PatchwordError, match=r"1,000 classes.* 2.*--classes imagenet"):
+        match_positions(["cat", "dog"], 1000)

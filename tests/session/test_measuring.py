@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 import patchword
 from patchword import PatchwordError, UsageError, create_model, load_model, save_model
+from patchword.models.zoo import build_model
 from patchword.session.measuring import find_images
 
 Command = Callable[..., tuple[int, str, str]]
@@ -171,11 +173,100 @@ def test_models_that_cannot_classify(photos: Path, command: Command, tmp_path: P
     assert "no head" in err
 
 
-def test_unnamed_classes_are_numbers(tmp_path: Path, photos: Path):
+def test_unnamed_classes_are_numbers(
+    tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+):
     path = save_model(create_model("ViT-mu/8", 3, 16), tmp_path / "m.safetensors")
     found = patchword.evaluate(path, photos, workers=0).classification
     assert set(found.per_class) == {"0", "1", "2"}
+    assert caplog.text.count("does not name its 3 classes") == 1
     assert {p.label for p in patchword.predict(path, photos / "red", workers=0)} == {"0"}
+
+
+# Names from elsewhere ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unnamed(finished: Path, tmp_path: Path) -> Path:
+    """The weights of the run among 1,000 classes without names, in the places of ImageNet's tench,
+    goldfish and crane bird (green, blue, red)."""
+    known = load_model(finished)
+    spec = dataclasses.replace(known.spec, num_classes=1000)
+    model = build_model(spec, preprocess=known.preprocess)
+    tensors = known.state_dict()
+    head, bias = torch.zeros(1000, 32), torch.full((1000,), -100.0)
+    for ours, theirs in ((known.classes.index(n), k) for k, n in PLACES.items()):
+        head[theirs], bias[theirs] = tensors["head.weight"][ours], tensors["head.bias"][ours]
+    model.load_state_dict(tensors | {"head.weight": head, "head.bias": bias})
+    return save_model(model, tmp_path / "unnamed.safetensors")
+
+
+@pytest.fixture
+def imagenet_photos(make_photos: MakePhotos, tmp_path: Path) -> Path:
+    """Photos of three classes in folders named by WordNet id or in English."""
+    root = make_photos(tmp_path / "data", 6, ("green", "blue", "red"), 500)
+    for before, after in (("green", "n01440764"), ("blue", "goldfish"), ("red", "n02012849")):
+        (root / before).rename(root / after)
+    return root
+
+
+PLACES = {0: "green", 1: "blue", 134: "red"}
+
+
+def test_classes_without_names_are_not_matched_by_position(
+    unnamed: Path, imagenet_photos: Path, command: Command
+):
+    for name in ("evaluate", "calibrate"):
+        words = ["--split", "half/half"] if name == "calibrate" else []
+        code, out, err = command(name, unnamed, imagenet_photos, *words, "--workers", 0)
+        assert code == 1
+        assert not out
+        said = " ".join(err.split())
+        assert "does not name its 1,000 classes, and the data have 3" in said
+        assert "--classes imagenet" in said
+
+
+def test_imagenets_names(
+    unnamed: Path, imagenet_photos: Path, as_json: AsJson, tmp_path: Path, command: Command
+):
+    words = ("--classes", "imagenet", "--workers", 0)
+    found = as_json("evaluate", unnamed, imagenet_photos, *words)
+    assert found["top1"] > 0.8
+    assert found["per_class"]["crane bird"]["n"] == 6
+    (row,) = as_json("predict", unnamed, imagenet_photos / "goldfish" / "00.jpg", *words)
+    assert row["label"] == "goldfish"
+    target = tmp_path / "calibrated.safetensors"
+    split = ("--split", "half/half", "--out", target)
+    assert command("calibrate", unnamed, imagenet_photos, *split, *words)[0] == 0
+    assert load_model(target).classes[134] == "crane bird"
+    assert as_json("evaluate", target, imagenet_photos, "--workers", 0)["top1"] > 0.8
+    (imagenet_photos / "n02012849").rename(imagenet_photos / "crane")
+    code, _, err = command("evaluate", unnamed, imagenet_photos, *words)
+    assert code == 1
+    assert "'crane' is a name of 2 classes of ImageNet, n02012849 and n03126707" in " ".join(
+        err.split()
+    )
+
+
+def test_names_from_a_file(
+    finished: Path, photos: Path, tmp_path: Path, as_json: AsJson, command: Command
+):
+    model = load_model(finished)
+    model.classes = ()
+    path = save_model(model, tmp_path / "m.safetensors")
+    wanted = as_json("evaluate", finished, photos, "--split", "all", "--workers", 0)
+    words = ("--classes", finished / "classes.json", "--workers", 0)
+    assert as_json("evaluate", path, photos, *words) == wanted
+    found = patchword.evaluate(path, photos, classes=["blue", "green", "red"], workers=0)
+    assert found.classification.top1 == wanted["top1"]
+    two = tmp_path / "two.txt"
+    two.write_text("blue\ngreen\n")
+    code, _, err = command("evaluate", path, photos, "--classes", two)
+    assert code == 2
+    assert "names 2 classes, the model has 3" in " ".join(err.split())
+    with pytest.raises(UsageError, match="classes"):
+        patchword.evaluate(model, photos, classes="imagenet")
+    assert command("evaluate", path, photos, "--probe", "knn", *words)[0] == 0
 
 
 # Predict -----------------------------------------------------------------------------------------

@@ -132,9 +132,12 @@ def test_what_a_file_does_not_tell_is_said(
     with caplog.at_level(logging.WARNING, "patchword"):
         save_model(model, tmp_path / "m.pth", format="timm")
         assert f"{tmp_path / 'm.pth'} does not tell heads=4, norm_eps=0.001" in caplog.text
+        assert f"{tmp_path / 'm.pth'} has no place for the class names" in caplog.text
         caplog.clear()
         save_model(model, tmp_path / "folder", format="huggingface")
-        save_model(scattered(width=64, heads=1), tmp_path / "n.pth", format="timm")
+        plain = scattered(width=64, heads=1)
+        plain.classes = ()
+        save_model(plain, tmp_path / "n.pth", format="timm")
         assert caplog.text == ""
 
 

@@ -16,7 +16,7 @@ def same_spelling(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Groups of names that differ in case, white space, `_` or `-`, or Unicode form only."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(names)):
-        groups[_plain(name)].append(name)
+        groups[plain_name(name)].append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
@@ -28,7 +28,7 @@ def likely_typos(names: Iterable[str]) -> list[tuple[str, str, str]]:
     """
     plain: dict[str, str] = {}
     for name in sorted(set(names)):
-        plain.setdefault(_plain(name), name)
+        plain.setdefault(plain_name(name), name)
     found: dict[tuple[str, str], str] = {}
     for word, name in plain.items():
         for plural in _plurals(word):
@@ -51,7 +51,8 @@ def _pair(a: str, b: str) -> tuple[str, str]:
     return (a, b) if a < b else (b, a)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """`name` as all its spellings have it: case, white space, `_`, `-` and Unicode form aside."""
     text = unicodedata.normalize("NFKC", name).casefold()
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", text)).strip()
 

@@ -60,6 +60,9 @@ class _LoadArguments:
     """processes that read images; by default one per core, none for a few images"""
     trust_pickle: bool = False
     """read MODEL even if it is a pickle (.pth): for files whose source you trust"""
+    classes: str | None = None
+    """names of MODEL's classes, if it has none or others: imagenet (ImageNet-1k), or a file: a JSON
+    list (a run's classes.json), a JSON object from index to name, or a name a line"""
     json: bool = False
     """print the result as JSON"""
 
@@ -257,6 +260,8 @@ class ConvertArguments:
     """patchword, huggingface, timm, torchvision or google-npz"""
     trust_pickle: bool = False
     """read IN even if it is a pickle (.pth): for files whose source you trust"""
+    classes: str | None = None
+    """names of IN's classes to store: imagenet, or a file of names, as in evaluate"""
     overwrite: bool = False
     """replace what is at OUT"""
     json: bool = False

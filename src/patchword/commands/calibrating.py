@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from patchword.data.class_names import ClassNames
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import hold_out
 from patchword.evaluation.calibrate import BOUNDS, THRESHOLDS, coverage_curve, fit_temperature
@@ -18,7 +19,13 @@ from patchword.evaluation.classify import Classification, Scores
 from patchword.models.model import Model
 from patchword.report import record as facts
 from patchword.run.folder import is_run, locked
-from patchword.session.measuring import known_parts, load_classifier, part_classifier, run_of
+from patchword.session.measuring import (
+    known_parts,
+    load_classifier,
+    match_labels,
+    part_classifier,
+    run_of,
+)
 from patchword.spec.model import CalibrationSpec, Loss
 from patchword.spec.parse import PatchwordError, UsageError
 from patchword.spec.train import Device, Precision
@@ -94,6 +101,7 @@ def calibrate_model(
     precision: Precision = "float32",
     workers: int | None = None,
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     on_bad_image: Literal["skip", "fail"] = "skip",
     console: Console | None = None,
 ) -> Calibrated:
@@ -112,11 +120,16 @@ def calibrate_model(
     place = _place(given, out, overwrite, image_size, trust_pickle)
     source = open_source(str(data))
     chosen = _choose(source, None if given is None else run_of(given), split, seed)
-    net, forward, where = load_classifier(model, image_size, device, precision, trust_pickle)
+    net, forward, where = load_classifier(
+        model, image_size, device, precision, trust_pickle, classes
+    )
     console = console or Console(stderr=True, markup=False, emoji=False)
+    label_map = match_labels(source, net)
     temperature, parts = 1.0, []
     for images in chosen:
-        classify = part_classifier(net, source, images.at, where, batch_size, workers, on_bad_image)
+        classify = part_classifier(
+            net, source, images.at, where, batch_size, workers, on_bad_image, label_map
+        )
         with console.status(f"{len(images.at):,} images of {images.part}"):
             scores = classify.collect(forward)
         for index, reason in scores.bad:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from patchword.data.class_names import ClassNames
 from patchword.weights.load import WeightsFile, describe_weights, load_model
 from patchword.weights.save import save_model
 
@@ -62,15 +63,17 @@ def convert(
     *,
     format: str,
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Write the weights of `source`, anything that `load_model` takes, to `out` in a format.
+    """Write the weights of `source`, anything that `load_model` takes, to `out` in a format, with
+    `classes` as the names of the classes.
 
     Raises `PatchwordError` if they cannot be read, the format cannot hold them, or `out` exists and
     `overwrite` is not set; `UsageError` on unknown formats.
     """
     found = describe_weights(source, trust_pickle=trust_pickle)
-    before = load_model(source, trust_pickle=trust_pickle)
+    before = load_model(source, trust_pickle=trust_pickle, classes=classes)
     path = save_model(before, out, format=format, overwrite=overwrite)
     spec = before.spec
     images = torch.randn(

@@ -15,8 +15,10 @@ from rich.console import Console
 from torch import Tensor
 
 from patchword.commands.figure_folder import file_names, numbers
+from patchword.data.class_names import ClassNames
 from patchword.data.loader import eval_batches
 from patchword.data.transforms import EvalTransform, to_input
+from patchword.evaluation.matching import match_classes
 from patchword.inspection.explain import Explanation, explain_class
 from patchword.inspection.figures.drawing import Format, encode
 from patchword.inspection.figures.explain import draw_explanation
@@ -115,6 +117,7 @@ def explain_images(
     device: Device = "auto",
     workers: int | None = None,
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     bad: dict[str, str] | None = None,
     console: Console | None = None,
 ) -> Explanations:
@@ -126,6 +129,8 @@ def explain_images(
     map; None is 1 up to 16 x 16 patches, else what 256 passes allow. `batch_size`: images with
     patches taken away that the model is given at a time.
 
+    `classes` as in `evaluate`.
+
     Raises `PatchwordError` if the model is missing or damaged or has fewer than two classes, no
     image can be read, or a picture exists and `overwrite` is not set; `UsageError` if the model has
     no such class, a number is out of range, or several images are to go into one picture.
@@ -133,10 +138,9 @@ def explain_images(
     for name, value in (("window", window), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; use 1 or more")
-    net, _, where = load_classifier(model, image_size, device, "float32", trust_pickle)
-    classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
-    if label is not None and label not in classes:
-        raise UsageError(f"the model has no class {label!r}{nearest(label, classes)}")
+    net, _, where = load_classifier(model, image_size, device, "float32", trust_pickle, classes)
+    names = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
+    wanted = None if label is None else _class_named(label, names)
     bad = {} if bad is None else bad
     paths = find_images([images] if isinstance(images, str | Path) else images, bad)
     pictures = _pictures(paths, out, overwrite)
@@ -154,7 +158,7 @@ def explain_images(
             status.update(f"{len(found):,}/{len(paths):,} images explained, {rate:.1f} s each")
             inputs = to_input(pixels[None].to(where), net.preprocess)
             found.append(
-                _explained(net, inputs, classes, label, window, batch_size, paths[at], pictures[at])
+                _explained(net, inputs, names, wanted, window, batch_size, paths[at], pictures[at])
             )
             _draw(found[-1], pixels)
     drops = drops_tokens(net)
@@ -164,11 +168,20 @@ def explain_images(
     )
 
 
+def _class_named(label: str, names: Sequence[str]) -> int:
+    """The model's class of that name, or by ImageNet's. Raises `PatchwordError` if it is several,
+    `UsageError` if there is none."""
+    (index,) = match_classes([label], names)
+    if index < 0:
+        raise UsageError(f"the model has no class {label!r}{nearest(label, names)}")
+    return index
+
+
 def _explained(
     net: Model,
     inputs: Tensor,
     classes: Sequence[str],
-    label: str | None,
+    wanted: int | None,
     window: int | None,
     batch_size: int | None,
     path: str,
@@ -178,7 +191,7 @@ def _explained(
     with torch.no_grad():
         shares = net.probabilities(net(inputs).float().cpu())[0]
     best = int(shares.argmax())
-    target = best if label is None else classes.index(label)
+    target = best if wanted is None else wanted
     (found,) = explain_class(
         net, inputs, torch.tensor([target]), window=window, batch_size=batch_size
     )

@@ -16,7 +16,7 @@ from patchword.commands.probing import part_features
 from patchword.data.images import BadImage
 from patchword.data.sources import Source
 from patchword.data.transforms import EvalTransform
-from patchword.evaluation.classify import match_classes
+from patchword.evaluation.matching import match_classes
 from patchword.inspection.figures.drawing import short
 from patchword.inspection.figures.features import Thumbnail, draw_feature_map
 from patchword.inspection.tokens import nearest, pooled_map

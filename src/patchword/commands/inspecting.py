@@ -19,6 +19,7 @@ from torch import Tensor
 
 from patchword.commands.feature_map import FeatureMap, spread
 from patchword.commands.figure_folder import Folder, file_names, numbers
+from patchword.data.class_names import ClassNames
 from patchword.data.loader import eval_batches
 from patchword.data.sources import Source, open_source
 from patchword.data.transforms import EvalTransform, to_input
@@ -50,11 +51,11 @@ from patchword.session.measuring import (
     eval_workers,
     find_images,
     image_source,
+    load_net,
     run_of,
 )
 from patchword.spec.parse import PatchwordError, UsageError
 from patchword.spec.train import Device
-from patchword.weights.load import load_model
 
 logger = logging.getLogger("patchword")
 OF_DATA = 128
@@ -175,6 +176,7 @@ def inspect_model(
     device: Device = "auto",
     workers: int | None = None,
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     bad: dict[str, str] | None = None,
     console: Console | None = None,
 ) -> Inspection:
@@ -193,7 +195,8 @@ def inspect_model(
     folder = Folder(Path(out), format, overwrite)
     where, bad = resolve_device(device), {} if bad is None else bad
     console = console or Console(stderr=True, markup=False, emoji=False)
-    net, run = _loaded(model, image_size, where, trust_pickle)
+    net = load_net(model, image_size, where, trust_pickle, classes)
+    run = None if isinstance(model, Model) else run_of(Path(model))
     if isinstance(net, ViT):
         query_token(net.spec, query)
     features = None
@@ -224,21 +227,6 @@ def _check(**numbers: tuple[int, int]) -> None:
     for name, (value, least) in numbers.items():
         if value < least:
             raise UsageError(f"{name} is {value}; use {least} or more")
-
-
-def _loaded(
-    model: str | Path | Model,
-    image_size: int | tuple[int, int] | None,
-    device: torch.device,
-    trust_pickle: bool,
-) -> tuple[Model, Path | None]:
-    """The model, and the run directory that it lies in."""
-    if not isinstance(model, Model):
-        net = load_model(model, image_size=image_size, device=device, trust_pickle=trust_pickle)
-        return net, run_of(Path(model))
-    if image_size is not None:
-        raise UsageError("image_size is for weights to load, a model has its own; leave it out")
-    return model.to(device).eval(), None
 
 
 def _figures(

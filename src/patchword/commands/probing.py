@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from patchword.data.class_names import ClassNames
 from patchword.data.loader import OnBad
 from patchword.data.sources import Source, open_source
 from patchword.data.splits import divide
@@ -110,6 +111,7 @@ def measure_probes(
     precision: Precision = "float32",
     workers: int | None = None,
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     on_bad_image: OnBad = "skip",
     shots: Sequence[int] = SHOTS,
     seeds: int = 3,
@@ -134,7 +136,7 @@ def measure_probes(
             raise UsageError(f"unknown probe {name!r}{nearest(name, get_args(ProbeName))}")
     where = resolve_device(device)
     run = None if isinstance(model, Model) else run_of(Path(model))
-    net = load_net(model, image_size, where, trust_pickle)
+    net = load_net(model, image_size, where, trust_pickle, classes)
     source = open_source(str(data))
     parts = probe_parts(source, run, split, seed)
     console = console or Console(stderr=True, markup=False, emoji=False)

@@ -298,24 +298,6 @@ class Classify:
         )
 
 
-def match_classes(data_classes: Sequence[str], model_classes: Sequence[str]) -> list[int]:
-    """The model's class index for each class of the data, by name; -1 where the model has none.
-
-    Equal lists map one to one, even with repeated names; otherwise a repeated name of the model
-    raises `PatchwordError` if the data uses it, since its meaning is open.
-    """
-    if list(data_classes) == list(model_classes):
-        return list(range(len(model_classes)))
-    counts = Counter(model_classes)
-    for name in data_classes:
-        if counts[name] > 1:
-            raise PatchwordError(
-                f"the model has {counts[name]} classes named {name!r}; rename them in classes.json"
-            )
-    position = {name: index for index, name in enumerate(model_classes)}
-    return [position.get(name, -1) for name in data_classes]
-
-
 def unique_names(classes: Sequence[str]) -> list[str]:
     """`classes`, with `" (index)"` after every name that occurs more than once."""
     counts = Counter(classes)
@@ -331,7 +313,8 @@ def _check_map(
         more = ", ..." if len(unknown) > 3 else ""
         raise PatchwordError(
             f"the model does not know {len(unknown)} of the data's {len(label_map)} classes: "
-            f"{', '.join(names)}{more}; rename them to the model's names or fine-tune on this data"
+            f"{', '.join(names)}{more}; rename them to the model's names, give it other names "
+            "with --classes, or fine-tune on this data"
         )
     beyond = [value for value in label_map if value >= len(classes)]
     if beyond:

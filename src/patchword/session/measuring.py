@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from patchword.data.class_names import ClassNames
 from patchword.data.loader import eval_batches
 from patchword.data.sources import FileReader, Source, image_files, open_source
 from patchword.data.splits import FILE as SPLITS
 from patchword.data.splits import NoDivision, load_division
 from patchword.data.transforms import EvalTransform, to_input
-from patchword.evaluation.classify import Classification, Classify, match_classes
+from patchword.evaluation.classify import Classification, Classify
+from patchword.evaluation.matching import match_classes, match_positions
 from patchword.models.model import Model
 from patchword.session.device import Working, default_workers, resolve_device, resolve_precision
 from patchword.session.features import eval_batch_size
@@ -54,6 +56,7 @@ def evaluate(
     precision: Precision = "float32",
     workers: int | None = None,
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     on_bad_image: Literal["skip", "fail"] = "skip",
     console: Console | None = None,
 ) -> Evaluation:
@@ -61,15 +64,21 @@ def evaluate(
 
     `model` is what `load_model` takes, or a `Model`, which is moved to the device and
     left in evaluation mode. `split` is train, val, test or all; by default test, else val, else
-    the part that the run held out, else all images. Labels match by class name. Raises
+    the part that the run held out, else all images. Labels match by class name; `classes` names
+    those of a model that has no names, or others, as `load_model` takes them. Raises
     `PatchwordError` if the model is missing or damaged, or does not know the data's classes, or no
     image can be read.
     """
     run = None if isinstance(model, Model) else run_of(Path(model))
-    net, forward, where = load_classifier(model, image_size, device, precision, trust_pickle)
+    net, forward, where = load_classifier(
+        model, image_size, device, precision, trust_pickle, classes
+    )
     source = open_source(str(data))
     name, why, indices = choose_part(source, run, split)
-    classify = part_classifier(net, source, indices, where, batch_size, workers, on_bad_image)
+    label_map = match_labels(source, net)
+    classify = part_classifier(
+        net, source, indices, where, batch_size, workers, on_bad_image, label_map
+    )
     if net.calibration is not None:
         logger.info(
             "probabilities at temperature %.4g, measured on %s",
@@ -85,6 +94,14 @@ def evaluate(
     return Evaluation(name, why, result)
 
 
+def match_labels(source: Source, net: Model) -> list[int]:
+    """The model's class for each class of the data, -1 where it has none. Raises `PatchwordError`
+    if they cannot be told."""
+    if net.classes:
+        return match_classes(source.classes, net.classes)
+    return match_positions(source.classes, net.spec.num_classes)
+
+
 def part_classifier(
     net: Model,
     source: Source,
@@ -93,9 +110,10 @@ def part_classifier(
     batch_size: int | None,
     workers: int | None,
     on_bad_image: Literal["skip", "fail"],
+    label_map: Sequence[int],
 ) -> Classify:
-    """Measures `net`, at its own temperature, on the images at `indices` of a source. Raises
-    `PatchwordError` if it does not know the classes of the data."""
+    """Measures `net`, at its own temperature, on the images at `indices` of a source; `label_map`
+    is that of `match_labels`. Raises `PatchwordError` if `net` does not know the classes."""
     transform = EvalTransform(net.spec.image_size, net.spec.in_channels, net.preprocess)
 
     def batches() -> Iterator[Batch]:
@@ -112,7 +130,7 @@ def part_classifier(
         batches,
         net.classes or tuple(str(i) for i in range(net.spec.num_classes)),
         lambda images: to_input(images.to(where), net.preprocess),
-        label_map=match_classes(source.classes, net.classes) if net.classes else None,
+        label_map=label_map,
         loss=net.spec.probability,
         data_classes=source.classes,
         temperature=net.temperature,
@@ -124,12 +142,20 @@ def load_net(
     image_size: int | tuple[int, int] | None,
     where: torch.device,
     trust_pickle: bool,
+    classes: ClassNames | None,
 ) -> Model:
     """The model itself, loaded if only named, on the device and in evaluation mode."""
     if not isinstance(model, Model):
-        return load_model(model, image_size=image_size, device=where, trust_pickle=trust_pickle)
-    if image_size is not None:
-        raise UsageError("image_size is for weights to load, a model has its own; leave it out")
+        return load_model(
+            model,
+            image_size=image_size,
+            device=where,
+            trust_pickle=trust_pickle,
+            classes=classes,
+        )
+    for name, value in (("image_size", image_size), ("classes", classes)):
+        if value is not None:
+            raise UsageError(f"{name} is for weights to load, a model has its own; leave it out")
     return model.to(where).eval()
 
 
@@ -139,10 +165,11 @@ def load_classifier(
     device: Device,
     precision: Precision,
     trust_pickle: bool,
+    classes: ClassNames | None,
 ) -> tuple[Model, Working, torch.device]:
     """The model, the same as a function in the wanted precision, and where it runs."""
     where = resolve_device(device)
-    net = load_net(model, image_size, where, trust_pickle)
+    net = load_net(model, image_size, where, trust_pickle, classes)
     if not net.spec.num_classes:
         raise PatchwordError(
             "the model has no head: it gives features, not classes; give one trained on classes"
@@ -233,6 +260,7 @@ def predict(
     precision: Precision = "float32",
     workers: int | None = None,
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     bad: dict[str, str] | None = None,
 ) -> list[Prediction]:
     """Classify image files, folders (searched through) and glob patterns, in order.
@@ -245,11 +273,13 @@ def predict(
     """
     if abstain is not None and not 0 < abstain <= 1:
         raise UsageError(f"abstain is {abstain:g}; give a probability above 0, at most 1")
-    net, forward, where = load_classifier(model, image_size, device, precision, trust_pickle)
+    net, forward, where = load_classifier(
+        model, image_size, device, precision, trust_pickle, classes
+    )
     bad = {} if bad is None else bad
     paths = find_images([images] if isinstance(images, str | Path) else images, bad)
     source = image_source(paths)
-    classes = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
+    names = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
     if abstain is not None:
         logger.info("%s", expectation(net, abstain))
     found: list[Prediction] = []
@@ -266,7 +296,7 @@ def predict(
                 logger.warning("cannot read %s: %s", paths[index], reason)
                 bad[paths[index]] = reason
             logits = forward(to_input(batch.images.to(where), net.preprocess)).float().cpu()
-            found += _predictions(net, logits, batch, paths, classes, top, abstain)
+            found += _predictions(net, logits, batch, paths, names, top, abstain)
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from patchword.data.class_names import ClassNames, read_class_names
 from patchword.models.model import Model, init_lecun
 from patchword.models.position import resample_positions
 from patchword.models.zoo import build_model, resized, spec_from_dict, variant_name
@@ -197,6 +198,7 @@ def load_model(
     image_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
     trust_pickle: bool = False,
+    classes: ClassNames | None = None,
     **hints: Any,
 ) -> Model:
     """The model of a weight file, run directory, folder, `hub:ORG/NAME` or name of `PRETRAINED`, in
@@ -204,15 +206,24 @@ def load_model(
     found.
 
     With another `image_size` (pixels, one side or (height, width)) the position table is resampled
-    in 2-D, and the log says so. `hints` as in `read_weights`. Raises `PatchwordError` if the file
-    is missing, damaged, or does not fit its own spec.
+    in 2-D, and the log says so. `classes` names the classes where the file does not, or otherwise:
+    `"imagenet"`, a file of names, or the names (`read_class_names`). `hints` as in `read_weights`.
+    Raises `PatchwordError` if the file is missing, damaged, or does not fit its own spec;
+    `UsageError` unless there is a name for each class.
     """
+    names = None if classes is None else read_class_names(classes)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     given = hints if size is None else hints | {"image_size": size}
     tensors, file = read_weights(path, trust_pickle=trust_pickle, **given)
     _say_found(file)
+    if names is not None and len(names) != file.spec.num_classes:
+        what = classes if isinstance(classes, str | Path) else "classes"
+        raise UsageError(
+            f"{what} names {len(names):,} classes, the model has {file.spec.num_classes:,}; give a "
+            "name for each, in the model's order"
+        )
     spec = resized(file.spec, size or file.spec.image_size)
-    model = _assembled(tensors, file, spec, classes=file.classes)
+    model = _assembled(tensors, file, spec, classes=file.classes if names is None else names)
     model.calibration = file.calibration
     if file.calibration is not None and spec.image_size != file.spec.image_size:
         logger.warning(

@@ -43,9 +43,9 @@ def save_model(
 
     What is there is replaced in one step once the new one is complete and was read back. `extra`
     (JSON values) is kept in the header of patchword's format. The log says which settings a foreign
-    file does not tell, and that it holds no calibration: the logits stay as they are. Raises
-    `PatchwordError` if `path` exists and `overwrite` is not set, or the format cannot hold the
-    model; `UsageError` on unknown formats and names of files.
+    file does not tell, and that it holds no calibration or no class names: the logits stay as they
+    are. Raises `PatchwordError` if `path` exists and `overwrite` is not set, or the format cannot
+    hold the model; `UsageError` on unknown formats and names of files.
     """
     path = Path(path)
     if format != "patchword":
@@ -187,5 +187,11 @@ def _say_untold(model: Model, written: Path, path: Path) -> None:
         for name in UNTOLD
         if name in wanted and wanted[name] != vars(file.spec).get(name)
     ]
+    if model.classes and not file.classes:
+        logger.warning(
+            "%s has no place for the class names: whoever reads it numbers the classes, or is told "
+            "their names (--classes)",
+            path,
+        )
     if lost:
         logger.warning("%s does not tell %s; say so when loading it", path, ", ".join(lost))
