@@ -237,6 +237,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gap": {"pool": "gap"},
     "map": {"pool": "map"},
     "map, mlp head": {"pool": "map", "head": "mlp"},
+    "mlp head of 8 units": {"head": "mlp", "head_width": 8},
     "registers": {"registers": 3},
     "gap, registers": {"pool": "gap", "registers": 2},
     "map, registers": {"pool": "map", "registers": 1},

@@ -10,7 +10,16 @@ import torch
 
 from patchword import UsageError, create_model, list_models
 from patchword.models.vit import ViT
-from patchword.models.zoo import SHAPES, enlarged, model_cost, model_spec, variant_name
+from patchword.models.zoo import (
+    SHAPES,
+    enlarged,
+    macs,
+    model_cost,
+    model_spec,
+    spec_from_dict,
+    spec_to_dict,
+    variant_name,
+)
 from patchword.spec.model import ViTSpec
 
 # Parameters at 224 px, 1000 classes, linear head. Those of Ti/16, S/16, B/16, B/32, L/16 and H/14
@@ -256,3 +265,23 @@ def test_enlarged_sizes_hold_whole_patches(
     name: str, size: int | tuple[int, int], times: float, larger: tuple[int, int]
 ):
     assert enlarged(model_spec(name, image_size=size), times) == larger
+
+
+def test_a_hidden_layer_of_the_head_has_any_width() -> None:
+    spec = model_spec("ViT-mu/8", head="mlp", head_width=7, num_classes=3)
+    model = create_model("ViT-mu/8", 3, head="mlp", head_width=7)
+    assert model.state_dict()["pre_logits.weight"].shape[0] == 7
+    assert model.state_dict()["head.weight"].shape == (3, 7)
+    assert spec_from_dict(spec_to_dict(spec)) == spec
+    assert macs(spec) < macs(model_spec("ViT-mu/8", head="mlp", num_classes=3))
+    for options in ({"head_width": 7}, {"head": "mlp", "head_width": 0}):
+        with pytest.raises(UsageError, match="head_width"):
+            model_spec("ViT-mu/8", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "mlp"}])
+def test_what_is_stored_of_other_specs_is_what_it_was(options: dict[str, Any]) -> None:
+    """Old versions read it, and caches and checksums stay valid."""
+    stored = spec_to_dict(model_spec("ViT-mu/8", **options))
+    assert "head_width" not in stored
+    assert spec_from_dict(stored) == model_spec("ViT-mu/8", **options)

@@ -51,8 +51,9 @@ def relative(ours: Any, theirs: Array) -> float:
 # Names and shapes ---------------------------------------------------------------------------------
 
 GOOGLE = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
-BIG_VISION = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
-"""of an encoder block's norm, attention, second norm and MLP"""
+LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+"""of an encoder block's norm, attention, second norm and MLP, as Google's published files have
+them, and as Flax's linen numbers them: the current code, and all of big_vision's"""
 
 
 def norm_shapes(name: str, *shape: int) -> Shapes:
@@ -95,7 +96,7 @@ def vit_shapes(
     hidden: int = 40,
     depth: int = 2,
     token: bool = True,
-    pre_logits: bool = False,
+    pre_logits: int = 0,
     classes: int = 5,
     merged: bool = False,
 ) -> Shapes:
@@ -111,9 +112,9 @@ def vit_shapes(
     if token:
         shapes["cls"] = (1, 1, width)
     if pre_logits:
-        shapes |= dense_shapes("pre_logits", width, width)
+        shapes |= dense_shapes("pre_logits", width, pre_logits)
     if classes:
-        shapes |= dense_shapes("head", width, classes)
+        shapes |= dense_shapes("head", pre_logits or width, classes)
     return shapes
 
 
@@ -275,7 +276,8 @@ def classified(p: Params, x: Array) -> Array:
 
 
 def vision_transformer(p: Params, x: Array) -> Array:
-    """ViT and hybrid of google-research/vision_transformer."""
+    """ViT and hybrid of google-research/vision_transformer, under either naming."""
+    parts = GOOGLE if f"Transformer/encoderblock_0/{GOOGLE[1]}/out/bias" in p else LINEN
     if "conv_root/kernel" in p:
         x = stem(p, x)
     x = patches(p, "embedding", x)
@@ -284,7 +286,7 @@ def vision_transformer(p: Params, x: Array) -> Array:
     x = x + p["Transformer/posembed_input/pos_embedding"]
     layer = 0
     while layers := under(p, f"Transformer/encoderblock_{layer}/"):
-        x = block(layers, GOOGLE, x)
+        x = block(layers, parts, x)
         layer += 1
     x = layer_norm(p, "Transformer/encoder_norm", x)
     return classified(p, x[:, 0] if "cls" in p else x.mean(1))
@@ -358,11 +360,11 @@ def big_vision(p: Params, x: Array) -> Array:
         merged.append(layers)
         layer += 1
     for layers in merged:
-        x = block(layers, BIG_VISION, x)
+        x = block(layers, LINEN, x)
     x = layer_norm(p, "Transformer/encoder_norm", x)
     if "MAPHead_0/probe" in p:
         head = under(p, "MAPHead_0/")
-        y = attention(head, BIG_VISION[1], np.repeat(head["probe"], len(x), 0), x)
+        y = attention(head, LINEN[1], np.repeat(head["probe"], len(x), 0), x)
         return classified(
             p, (y + mlp(head, "MlpBlock_0", layer_norm(head, "LayerNorm_0", y)))[:, 0]
         )

@@ -9,7 +9,7 @@ import flax_reference as reference
 import numpy as np
 import pytest
 import torch
-from flax_reference import BIG_VISION, Params, Shapes
+from flax_reference import LINEN, Params, Shapes
 from google_checks import (
     build,
     check_gradients,
@@ -28,14 +28,14 @@ from patchword.weights.google import big_vision, bit_npz, google_npz
 from peers import define_torchvision_operators
 
 KERNEL = (4, 4, 3, 24)
-ATTENTION = BIG_VISION[1]
+ATTENTION = LINEN[1]
 TABLE = 1e-6
 """The sin-cos table is rounded to float32, in Google's code too."""
 
 
 def vit(entries: int | None, **options: Any) -> Shapes:
     positions = None if entries is None else ("pos_embedding", entries)
-    return reference.vit_shapes(KERNEL, positions, BIG_VISION, **options)
+    return reference.vit_shapes(KERNEL, positions, LINEN, **options)
 
 
 def map_head(heads: int = 2, hidden: int = 40) -> Shapes:
@@ -50,8 +50,8 @@ def map_head(heads: int = 2, hidden: int = 40) -> Shapes:
 
 MODELS: dict[str, tuple[Shapes, dict[str, Any]]] = {
     "gap, sin-cos, pre-logits": (
-        vit(None, token=False, pre_logits=True),
-        {"pool": "gap", "position": "sincos2d", "head": "mlp"},
+        vit(None, token=False, pre_logits=16),
+        {"pool": "gap", "position": "sincos2d", "head": "mlp", "head_width": 16},
     ),
     "gap, learned": (vit(9, token=False), {"pool": "gap", "position": "learned-1d"}),
     "token": (vit(9, heads=3), {"pool": "token", "heads": 3}),
@@ -204,7 +204,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named() -> None:
     [
         ("token", {"embedding/kernel": None}, "embedding/kernel is missing"),
         ("token", {"pos_embedding": (1, 8, 24)}, "no square image"),
-        ("gap, sin-cos, pre-logits", {"pre_logits/kernel": (24, 7)}, "pre_logits/kernel is"),
+        ("gap, sin-cos, pre-logits", {"pre_logits/kernel": (7, 24)}, "pre_logits/kernel is"),
         (
             "map, merged",
             {f"Transformer/encoderblock/{ATTENTION}/query/kernel": (10**6, 24, 3, 8)},

@@ -9,7 +9,7 @@ import flax_reference as reference
 import numpy as np
 import pytest
 import torch
-from flax_reference import GOOGLE, Params, Shapes
+from flax_reference import GOOGLE, LINEN, Params, Shapes
 from google_checks import (
     build,
     check_gradients,
@@ -38,9 +38,14 @@ def vit(kernel: tuple[int, int, int, int], entries: int, **options: Any) -> Shap
 VITS: dict[str, tuple[Shapes, tuple[int, int], dict[str, Any]]] = {
     "token": (vit((4, 4, 3, 24), 10), (12, 12), {"heads": 2, "pool": "token"}),
     "pre-logits, 3 heads": (
-        vit((4, 4, 3, 24), 5, heads=3, pre_logits=True, depth=3),
+        vit((4, 4, 3, 24), 5, heads=3, pre_logits=24, depth=3),
         (8, 8),
         {"heads": 3, "head": "mlp", "depth": 3},
+    ),
+    "narrow pre-logits": (
+        vit((4, 4, 3, 24), 5, pre_logits=10),
+        (8, 8),
+        {"head": "mlp", "head_width": 10},
     ),
     "gap, 1 channel": (
         vit((4, 4, 1, 16), 4, token=False, hidden=24),
@@ -91,6 +96,39 @@ def test_a_hybrid_gives_the_logits_of_the_equations(name: str) -> None:
     x = images(2, *size)
     model = build(params, found)
     check_same(google_npz.write(model).tensors, params)
+    check_logits(model, reference.vision_transformer(params, x), x)
+
+
+LINEN_FILES: dict[str, tuple[Shapes, int]] = {
+    "vit": (reference.vit_shapes((4, 4, 3, 24), (POSITIONS, 10), LINEN), 12),
+    "gap, wide pre-logits": (
+        reference.vit_shapes((4, 4, 3, 24), (POSITIONS, 9), LINEN, token=False, pre_logits=30),
+        12,
+    ),
+    "hybrid": (
+        reference.vit_shapes((1, 1, 512, 16), (POSITIONS, 5), LINEN)
+        | {n: s[-1:] if "gn" in n else s for n, s in reference.stem_shapes((1, 2, 1)).items()},
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
+@pytest.mark.parametrize("name", LINEN_FILES)
+def test_the_names_of_the_current_code_give_the_logits_of_the_equations(
+    name: str, prefix: str
+) -> None:
+    """Flax's linen numbers each kind of layer; the published files number all of them together."""
+    shapes, side = LINEN_FILES[name]
+    params = reference.draw(shapes)
+    file = {prefix + key: value for key, value in params.items()}
+    assert not big_vision.recognises({key: value.shape for key, value in file.items()}, {})
+    model = build(file, find(google_npz, file))
+    written = google_npz.write(model).tensors
+    for ours, theirs in zip(GOOGLE[1:], LINEN[1:], strict=True):
+        written = {key.replace(f"/{ours}/", f"/{theirs}/"): v for key, v in written.items()}
+    check_same({key: v.reshape(params[key].shape) for key, v in written.items()}, params)
+    x = images(2, side, side)
     check_logits(model, reference.vision_transformer(params, x), x)
 
 
@@ -302,7 +340,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named() -> None:
         ({POSITIONS: (1, 8, 24)}, "no square image"),
         ({f"Transformer/encoderblock_0/{GOOGLE[1]}/query/kernel": None}, "query/kernel is missing"),
         ({"Transformer/encoderblock_99999999999/x": (1,)}, "larger than there are tensors"),
-        ({"pre_logits/kernel": (24, 7)}, "pre_logits/kernel is"),
+        ({"pre_logits/kernel": (7, 24)}, "pre_logits/kernel is"),
         ({"head/kernel": (24,)}, "head/kernel is"),
         ({f"Transformer/encoderblock_0/{GOOGLE[1]}/query/kernel": (24, 0, 12)}, "heads"),
     ],

@@ -150,6 +150,27 @@ def test_transfer_of_every_family(
         assert not value.any() if fresh else torch.equal(value, before[key])
 
 
+@pytest.mark.parametrize(("format", "name"), [("google-npz", "m.npz"), ("torchvision", "m.pth")])
+def test_a_narrow_hidden_layer_of_the_head_is_kept_and_replaced_by_transfer(
+    tmp_path: Path, scattered: Make, same: Same, format: str, name: str
+):
+    activation = "gelu_tanh" if format == "google-npz" else "gelu"
+    model = scattered(head="mlp", head_width=7, activation=activation)
+    path = save_model(model, tmp_path / "m.safetensors")
+    assert same(load_model(path), model)
+    foreign = save_model(model, tmp_path / name, format=format)
+    hints = {} if format == "google-npz" else {"heads": 2}
+    loaded = load_model(foreign, trust_pickle=True, **hints)
+    assert loaded.spec == model.spec
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(images), model(images), rtol=1e-4, atol=1e-5)
+    tuned = transfer(path, num_classes=3, image_size=(32, 32))
+    assert (tuned.spec.head, tuned.spec.head_width) == ("linear", None)
+    for refusing in ("timm", "huggingface"):
+        with pytest.raises(PatchwordError, match=r"head mlp|hidden layer in the head"):
+            save_model(model, tmp_path / refusing, format=refusing)
+
+
 def test_a_fresh_hidden_layer_of_the_head_is_drawn(tmp_path: Path, scattered: Make):
     path = save_model(scattered(), tmp_path / "m.safetensors")
     tuned = transfer(path, num_classes=3, image_size=(32, 32), head="mlp").state_dict()

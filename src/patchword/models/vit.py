@@ -73,9 +73,9 @@ class ViT(Model[ViTSpec]):
         )
         classified = spec.num_classes > 0
         pooled = 2 * width if spec.pool == "token+gap" else width
-        self.pre_logits = nn.Linear(pooled, width) if classified and spec.head == "mlp" else None
-        head_width = width if spec.head == "mlp" else pooled
-        self.head = nn.Linear(head_width, spec.num_classes) if classified else None
+        hidden = spec.hidden if spec.head == "mlp" else pooled
+        self.pre_logits = nn.Linear(pooled, hidden) if classified and spec.head == "mlp" else None
+        self.head = nn.Linear(hidden, spec.num_classes) if classified else None
         self.distillation_head = (
             nn.Linear(width, spec.num_classes)
             if classified and spec.distillation == "head"
@@ -259,9 +259,9 @@ def _head_macs(spec: ViTSpec, tokens: int, mlp: int) -> int:
         pool = 2 * tokens * width * width + 2 * width * width  # k and v, q and projection
         pool += 2 * tokens * width + mlp
     pooled = 2 * width if spec.pool == "token+gap" else width
-    head = (width if spec.head == "mlp" else pooled) * spec.num_classes
+    head = (spec.hidden if spec.head == "mlp" else pooled) * spec.num_classes
     if spec.head == "mlp" and spec.num_classes:
-        head += pooled * width
+        head += pooled * spec.hidden
     if spec.distillation == "head":
         head += width * spec.num_classes
     return pool + head

@@ -190,9 +190,11 @@ def build_model(
 
 
 def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
-    """The JSON form of a spec, its family with it."""
+    """The JSON form of a spec, its family with it; a `head_width` of None is left out, as it was
+    before there was such a field."""
     family = next(name for name, cls in FAMILIES.items() if type(spec) is cls)
-    return {"family": family} | to_dict(spec)
+    values = {"family": family} | to_dict(spec)
+    return {name: v for name, v in values.items() if (name, v) != ("head_width", None)}
 
 
 def spec_from_dict(values: dict[str, Any]) -> ModelSpec:

@@ -37,7 +37,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Layer = Literal["pooled", "pre-logits"]
 """Where features are taken: before the head, or what its last layer takes, which differs after a
 hidden layer (`ViTSpec.head` is `mlp`)."""
-HEAD_FIELDS = frozenset({"num_classes", "head", "probability"})
+HEAD_FIELDS = frozenset({"num_classes", "head", "head_width", "probability"})
 """Fields of a model's spec that its features do not depend on."""
 
 

@@ -122,7 +122,9 @@ class ViTSpec(ModelSpec):
     pool_norm: bool = False
     """the last LayerNorm comes after the pooling instead of before it (timm's `fc_norm`)"""
     head: Head = "linear"
-    """`mlp`: the pre-training head, one hidden layer of size `width` and tanh (section 3.1)"""
+    """`mlp`: the pre-training head, one hidden layer and tanh (section 3.1)"""
+    head_width: int | None = None
+    """units of that hidden layer, None for `width`"""
     position: Position = "learned-1d"
     """table 8's four, the fixed sin-cos table, or DINOv3's rotary"""
     position_at: PositionAt = "stem"
@@ -152,6 +154,10 @@ class ViTSpec(ModelSpec):
         require(
             self.width % self.heads == 0,
             f"width {self.width} is not a multiple of heads {self.heads}; change one of them",
+        )
+        require(
+            self.head_width is None or (self.head == "mlp" and self.head_width >= 1),
+            f"head_width is {self.head_width}; it must be at least 1, and goes with head mlp",
         )
         _check_patches(self.image_size, self.patch_size)
         for name in ("dropout", "drop_path", "patch_dropout"):
@@ -200,6 +206,11 @@ class ViTSpec(ModelSpec):
                     patch % self.stem.stride == 0,
                     f"patch size {patch} is not a multiple of the stem's stride {self.stem.stride}",
                 )
+
+    @property
+    def hidden(self) -> int:
+        """Units of the hidden layer of a head of kind `mlp`."""
+        return self.width if self.head_width is None else self.head_width
 
     @property
     def grid(self) -> tuple[int, int]:

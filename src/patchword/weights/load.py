@@ -253,7 +253,7 @@ def transfer(
     tensors, file = read_weights(path, trust_pickle=trust_pickle, image_size=image_size)
     if not quiet:
         _say_found(file)
-    head = {"head": "linear"} if isinstance(file.spec, ViTSpec) else {}
+    head = {"head": "linear", "head_width": None} if isinstance(file.spec, ViTSpec) else {}
     values = to_dict(resized(file.spec, image_size)) | head | {"num_classes": num_classes}
     spec = parse(type(file.spec), values | options)
     model = _assembled(tensors, file, spec, fresh_head=True, quiet=quiet)

@@ -74,13 +74,9 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     size = hints.get("image_size")
     if size is None or (size[0] // patch[0]) * (size[1] // patch[1]) != entries:
         size = square_grid(entries, (patch[0], patch[1]), "encoder.pos_embedding")
+    hidden = width
     if "heads.pre_logits.weight" in shapes:
         hidden = shape_of(shapes, "heads.pre_logits.weight", 2)[0]
-        if hidden != width:
-            raise PatchwordError(
-                f"heads.pre_logits has {hidden} units, patchword's hidden layer as many as the "
-                f"model is wide, {width}; use torchvision"
-            )
     notes: list[str] = []
     if "heads" not in hints:
         notes.append(
@@ -97,6 +93,7 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         "mlp_width": shape_of(shapes, "encoder.layers.encoder_layer_0.mlp.0.weight", 2)[0],
         "heads": guess_heads(width),
         "head": "mlp" if "heads.pre_logits.weight" in shapes else "linear",
+        "head_width": None if hidden == width else hidden,
         "norm_eps": NORM_EPS,
     }
     fields |= {key: value for key, value in hints.items() if key != "image_size"}

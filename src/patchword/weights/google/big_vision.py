@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from patchword.spec.model import ViTSpec
+from patchword.weights.google import google_npz
 from patchword.weights.google.flax import (
+    LINEN,
     assumed_size,
     check_depth,
     classes_in,
     dense,
     encoder_block,
-    has_pre_logits,
+    head_in,
     heads_in,
     heads_out,
     ignored_for,
@@ -46,7 +48,6 @@ from patchword.weights.mapping import (
     stacked,
 )
 
-PARTS = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
 OURS = re.compile(r"[\w/]*?Transformer/encoderblock(_\d+)?/MultiHeadDotProductAttention_0/.*")
 PATCHES_ALONE = each(
     lambda t: torch.cat([torch.zeros_like(t[:, :1]), t], dim=1), lambda t: t[:, 1:]
@@ -55,14 +56,15 @@ PATCHES_ALONE = each(
 
 
 def recognises(shapes: Shapes, config: Config) -> bool:
-    """Whether the names are those of a ViT of this format."""
-    return any(OURS.fullmatch(name) for name in shapes)
+    """Whether the names are those of a ViT of this format, and not of `google_npz`, where the
+    positions are the encoder's."""
+    return any(map(OURS.fullmatch, shapes)) and not any(map(google_npz.PLACED.fullmatch, shapes))
 
 
 def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     """The model that names and shapes tell. Raises `PatchwordError` if they tell none."""
     prefix = prefix_of(shapes, "embedding/kernel")
-    merged = f"{prefix}Transformer/encoderblock/{PARTS[1]}/query/kernel" in shapes
+    merged = f"{prefix}Transformer/encoderblock/{LINEN[1]}/query/kernel" in shapes
     spec, notes = _spec(shapes, prefix, merged, hints)
     ignored = ignored_for(prefix)
     if not spec.num_classes:
@@ -84,8 +86,8 @@ def _spec(
     rows, columns, channels, width = shape_of(shapes, f"{prefix}embedding/kernel", 4)
     encoder = f"{prefix}Transformer/encoderblock"
     first = encoder if merged else f"{encoder}_0"
-    query = shape_of(shapes, f"{first}/{PARTS[1]}/query/kernel", 3 + merged)
-    hidden = shape_of(shapes, f"{first}/{PARTS[3]}/Dense_0/kernel", 2 + merged)[-1]
+    query = shape_of(shapes, f"{first}/{LINEN[1]}/query/kernel", 3 + merged)
+    hidden = shape_of(shapes, f"{first}/{LINEN[3]}/Dense_0/kernel", 2 + merged)[-1]
     depth = query[0] if merged else count(shapes, rf"{encoder}_(\d+)/")
     positions = f"{prefix}pos_embedding"
     learned = positions in shapes
@@ -95,6 +97,7 @@ def _spec(
     else:
         size, notes = assumed_size(rows, hints)
     token, probe = f"{prefix}cls" in shapes, f"{prefix}MAPHead_0/probe" in shapes
+    head, head_width = head_in(shapes, prefix, width)
     spec = ViTSpec(
         image_size=size,
         in_channels=channels,
@@ -105,7 +108,8 @@ def _spec(
         heads=query[-2],
         patch_size=(rows, columns),
         pool="token" if token else "map" if probe else "gap",
-        head="mlp" if has_pre_logits(shapes, prefix, width) else "linear",
+        head=head,
+        head_width=head_width,
         position="learned-1d" if learned else "sincos2d",
         activation="gelu_tanh",
     )
@@ -115,7 +119,7 @@ def _spec(
 def _rules(spec: ViTSpec, merged: bool) -> list[Rule]:
     width, heads = spec.width, spec.heads
     name = "Transformer/encoderblock" if merged else "Transformer/encoderblock_{i}"
-    block = encoder_block(name, PARTS, width, heads)
+    block = encoder_block(name, LINEN, width, heads)
     rules = [
         *patch_embedding("embedding", (*spec.patch_size, spec.in_channels, width)),
         *(stacked(block, spec.depth) if merged else repeated(block, spec.depth)),
@@ -127,7 +131,7 @@ def _rules(spec: ViTSpec, merged: bool) -> list[Rule]:
     if spec.pool == "token":
         rules.append(rule("class_token", "cls"))
     if spec.pool == "map":
-        attention = f"MAPHead_0/{PARTS[1]}"
+        attention = f"MAPHead_0/{LINEN[1]}"
         rules += [
             rule("pool.probe", "MAPHead_0/probe"),
             *heads_in("pool.query", attention, ("query",), width, heads),

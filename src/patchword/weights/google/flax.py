@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from operator import floordiv
 from typing import Any, TypeVar
 
-from patchword.spec.model import ModelSpec, PreprocessSpec
+from patchword.spec.model import Head, ModelSpec, PreprocessSpec
 from patchword.spec.parse import PatchwordError, parse, to_dict
 from patchword.weights.mapping import (
     SAME,
@@ -34,6 +34,8 @@ GROUP_SCALE = each(lambda t: t.reshape(-1), lambda t: t.reshape(1, 1, 1, -1))
 """Published GroupNorms are `[1, 1, 1, C]`; Flax since 0.3.6 has `[C]`, which is read too."""
 PREFIXES = ("", "params/", "opt/target/", "img/", "params/img/")
 """Before the names of a whole model, of its training state, or of a model with an image tower."""
+LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+"""An encoder block's first norm, attention, second norm and MLP, as Flax's linen numbers them."""
 LAYERS = 1000
 """More are taken for damage."""
 
@@ -129,19 +131,19 @@ def check_depth(depth: int) -> int:
     return depth
 
 
-def has_pre_logits(shapes: Shapes, prefix: str, width: int) -> bool:
-    """Whether there is a pre-logits layer before a head. Raises `PatchwordError` if it is not as
-    wide as the model."""
+def head_in(shapes: Shapes, prefix: str, width: int) -> tuple[Head, int | None]:
+    """A spec's `head` and `head_width`: `mlp` where a pre-logits layer, of any width, stands before
+    a head. Raises `PatchwordError` if it does not take what the model gives."""
     kernel = f"{prefix}pre_logits/kernel"
     if kernel not in shapes or f"{prefix}head/kernel" not in shapes:
-        return False
-    size = shape_of(shapes, kernel, 2)
-    if size != (width, width):
+        return "linear", None
+    inputs, hidden = shape_of(shapes, kernel, 2)
+    if inputs != width:
         raise PatchwordError(
-            f"the tensor {kernel} is {list(size)}; patchword's pre-logits layer is as wide as the "
-            f"model, [{width}, {width}]"
+            f"the tensor {kernel} is {[inputs, hidden]}, the model {width} wide; the file is "
+            "incomplete or damaged"
         )
-    return True
+    return "mlp", None if hidden == width else hidden
 
 
 def image_size(

@@ -9,7 +9,7 @@ evaluates on images stretched to the model's size, bilinear (there without antia
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from patchword.models.model import Model
@@ -17,12 +17,13 @@ from patchword.spec.model import MixerSpec, StemSpec, ViTSpec
 from patchword.spec.parse import PatchwordError
 from patchword.weights.google.flax import (
     GROUP_SCALE,
+    LINEN,
     check_depth,
     classes_in,
     convolution,
     dense,
     encoder_block,
-    has_pre_logits,
+    head_in,
     ignored_for,
     image_size,
     norm,
@@ -46,7 +47,10 @@ from patchword.weights.mapping import (
 from patchword.weights.mapping import write as write_tensors
 
 PARTS = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+"""of the published files, which are also written; the current code names them as `LINEN`"""
 POSITIONS = "Transformer/posembed_input/pos_embedding"
+PLACED = re.compile(rf"[\w/]*?{POSITIONS}")
+"""Positions within the encoder: big_vision, whose blocks may be named alike, has them outside."""
 OURS = re.compile(
     r"[\w/]*?(Transformer/encoderblock_\d+/MultiHeadDotProductAttention_1|MixerBlock_\d+)/.*"
 )
@@ -72,7 +76,7 @@ STEM_FIXED: dict[str, tuple[Any, ...]] = {
 
 def recognises(shapes: Shapes, config: Config) -> bool:
     """Whether the names are those of a ViT, a hybrid or a Mixer of this format."""
-    return any(OURS.fullmatch(name) for name in shapes)
+    return any(OURS.fullmatch(name) or PLACED.fullmatch(name) for name in shapes)
 
 
 def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
@@ -88,7 +92,7 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         ignored += (f"{prefix}pre_logits/.*",)
     return Found(
         spec=spec,
-        rules=_rules(spec, prefix),
+        rules=_rules(spec, prefix, _parts(shapes, prefix)),
         preprocess=preprocess(spec.in_channels, resize="stretch"),
         ignored=ignored,
     )
@@ -109,7 +113,7 @@ def write(model: Model) -> Written:
             "Google's vision_transformer format holds ViTs, hybrids and Mixers only; write another "
             "format"
         )
-    return Written(tensors=write_tensors(model.state_dict(), _rules(spec, "")))
+    return Written(tensors=write_tensors(model.state_dict(), _rules(spec, "", PARTS)))
 
 
 def _check(spec: ViTSpec | MixerSpec | StemSpec, fixed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -130,7 +134,9 @@ def _vit(shapes: Shapes, prefix: str, hints: dict[str, Any]) -> ViTSpec:
     rows, columns, channels, width = shape_of(shapes, f"{prefix}embedding/kernel", 4)
     encoder = f"{prefix}Transformer/encoderblock_"
     depth = check_depth(count(shapes, rf"{encoder}(\d+)/"))
-    query = shape_of(shapes, f"{encoder}0/{PARTS[1]}/query/kernel", 3)
+    parts = _parts(shapes, prefix)
+    query = shape_of(shapes, f"{encoder}0/{parts[1]}/query/kernel", 3)
+    head, head_width = head_in(shapes, prefix, width)
     stem, in_channels = None, channels
     if f"{prefix}conv_root/kernel" in shapes:
         root = shape_of(shapes, f"{prefix}conv_root/kernel", 4)
@@ -145,15 +151,22 @@ def _vit(shapes: Shapes, prefix: str, hints: dict[str, Any]) -> ViTSpec:
         num_classes=classes_in(shapes, f"{prefix}head/kernel"),
         depth=depth,
         width=width,
-        mlp_width=shape_of(shapes, f"{encoder}0/{PARTS[3]}/Dense_0/kernel", 2)[1],
+        mlp_width=shape_of(shapes, f"{encoder}0/{parts[3]}/Dense_0/kernel", 2)[1],
         heads=query[1],
         patch_size=patch,
         stem=stem,
         pool="token" if token else "gap",
-        head="mlp" if has_pre_logits(shapes, prefix, width) else "linear",
+        head=head,
+        head_width=head_width,
         activation="gelu_tanh",
     )
     return with_hints(spec, hints)
+
+
+def _parts(shapes: Shapes, prefix: str) -> tuple[str, ...]:
+    """What an encoder block's layers are called."""
+    attention = f"{prefix}Transformer/encoderblock_0/{LINEN[1]}/"
+    return LINEN if any(name.startswith(attention) for name in shapes) else PARTS
 
 
 def _stem(shapes: Shapes, prefix: str, width: int) -> StemSpec:
@@ -184,17 +197,17 @@ def _mixer(shapes: Shapes, prefix: str, hints: dict[str, Any]) -> MixerSpec:
 # Rules --------------------------------------------------------------------------------------------
 
 
-def _rules(spec: ViTSpec | MixerSpec, prefix: str) -> list[Rule]:
-    rules = _mixer_rules(spec) if isinstance(spec, MixerSpec) else _vit_rules(spec)
+def _rules(spec: ViTSpec | MixerSpec, prefix: str, parts: Sequence[str]) -> list[Rule]:
+    rules = _mixer_rules(spec) if isinstance(spec, MixerSpec) else _vit_rules(spec, parts)
     if spec.num_classes:
         rules += dense("head", "head")
     return prefixed(rules, prefix)
 
 
-def _vit_rules(spec: ViTSpec) -> list[Rule]:
+def _vit_rules(spec: ViTSpec, parts: Sequence[str]) -> list[Rule]:
     stem, (rows, columns) = spec.stem, spec.patch_size
     stride, channels = (1, spec.in_channels) if stem is None else (stem.stride, stem.channels)
-    block = encoder_block("Transformer/encoderblock_{i}", PARTS, spec.width, spec.heads)
+    block = encoder_block("Transformer/encoderblock_{i}", parts, spec.width, spec.heads)
     rules = [
         *(_stem_rules(stem) if stem is not None else ()),
         *patch_embedding("embedding", (rows // stride, columns // stride, channels, spec.width)),
