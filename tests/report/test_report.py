@@ -24,6 +24,7 @@ from patchword.inspection.figures.run import Series, draw_curves
 from patchword.report import Mistake, write_report
 from patchword.report import record as facts
 from patchword.report.card import markdown, write_model_card
+from patchword.report.pretraining_card import write_pretraining_card
 from patchword.spec.batch import Batch
 from patchword.spec.parse import PatchwordError, to_dict
 from patchword.spec.train import OptimSpec, TrainSpec
@@ -503,3 +504,31 @@ def test_notes_on_classes_without_images(tmp_path: Path) -> None:
     said = " ".join(facts.notes(run, result, "test"))
     assert "7 classes without an image here: c1, c2, c3, c4, c5 and 2 more." in said
     assert "1 class never predicted: c0." in said
+
+
+@pytest.mark.parametrize(
+    ("model", "title", "tag", "cited"),
+    [
+        ("ViT-Ti/16", "Vision Transformer, ViT-Ti/16", "vision-transformer", "2021image"),
+        ("R26+ViT-S/32", "Hybrid of ResNet and Vision Transformer, ", "hybrid", "2021image"),
+        ("BiT-R50x1", "ResNet of Big Transfer (BiT), BiT-R50x1", "resnet", "2020big"),
+        ("Mixer-B/16", "MLP-Mixer, Mixer-B/16", "mlp-mixer", "2021mixer"),
+    ],
+)
+def test_the_model_card_names_the_family(
+    tmp_path: Path, model: str, title: str, tag: str, cited: str
+) -> None:
+    run = make_run(tmp_path / "run", ["a", "b"])
+    summary = json.loads((run / "summary.json").read_text()) | {"architecture": model}
+    (run / "summary.json").write_text(json.dumps(summary))
+    writers = (
+        lambda: write_model_card(run, result=measured(["a", "b"]), split="test"),
+        lambda: write_pretraining_card(run),
+    )
+    for write in writers:
+        card = write().read_text()
+        assert f"| Architecture | {title}" in card
+        assert tag in front_matter(card)["tags"]
+        assert re.findall(r"@inproceedings\{[a-z]+(\w+),", card) == [cited]
+        vit = "ViT" in model
+        assert ("Vision Transformer" in card) == ("vision-transformer" in card) == vit

@@ -15,25 +15,12 @@ from typing import Any
 
 from patchword.evaluation.classify import Classification
 from patchword.report import record as facts
+from patchword.report.card.family import family_of
 from patchword.report.record import RunFacts
 from patchword.training.checkpoint import replace_text
 
 LISTED = 30
 """Up to this many classes are all listed; of more, the ten with the lowest recall."""
-
-CITATION = """The architecture is that of the Vision Transformer:
-
-```bibtex
-@inproceedings{dosovitskiy2021image,
-  title     = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
-  author    = {Alexey Dosovitskiy and Lucas Beyer and Alexander Kolesnikov and Dirk Weissenborn
-               and Xiaohua Zhai and Thomas Unterthiner and Mostafa Dehghani and Matthias Minderer
-               and Georg Heigold and Sylvain Gelly and Jakob Uszkoreit and Neil Houlsby},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2021},
-  url       = {https://openreview.net/forum?id=YicbFdNTTy}
-}
-```"""
 
 
 def write_model_card(run: Path, *, result: Classification, split: str, reproduce: str = "") -> Path:
@@ -53,7 +40,7 @@ def write_model_card(run: Path, *, result: Classification, split: str, reproduce
         ("Learning rates and runs", _runs(about)),
         ("How to use", _use(about)),
         ("Environment", table("Item", about.environment)),
-        ("Citation", CITATION),
+        ("Citation", family_of(about.model).citation),
     ]
     return write_card(run, title, _front_matter(about, result, split, title), sections)
 
@@ -91,7 +78,7 @@ def _front_matter(run: RunFacts, result: Classification, split: str, title: str)
     return {
         "library_name": "patchword",
         "pipeline_tag": "image-classification",
-        "tags": ["vision-transformer", "image-classification", "pytorch"],
+        "tags": [*family_of(run.model).tags, "image-classification", "pytorch"],
         **({"datasets": [run.data_name]} if hub else {}),
         "metrics": ["accuracy"],
         "model-index": [{"name": title, "results": [measured]}],
@@ -101,7 +88,7 @@ def _front_matter(run: RunFacts, result: Classification, split: str, title: str)
 def details(run: RunFacts, more: Mapping[str, str]) -> str:
     """The table of what the model is."""
     rows = {
-        "Architecture": f"Vision Transformer, {run.model}",
+        "Architecture": f"{family_of(run.model).title}, {run.model}",
         "Input": _size(run.config.get("image_size")),
         **more,
         "Parameters": run.given("parameters", facts.whole),

@@ -8,7 +8,6 @@ from typing import Any
 
 from patchword.report import record as facts
 from patchword.report.card import (
-    CITATION,
     code,
     details,
     markdown,
@@ -17,6 +16,7 @@ from patchword.report.card import (
     training_data,
     write_card,
 )
+from patchword.report.card.family import family_of
 from patchword.report.record import RunFacts
 
 METHODS = {
@@ -40,7 +40,7 @@ def write_pretraining_card(run: Path, *, reproduce: str = "") -> Path:
         ("Evaluation", _evaluation(about)),
         ("How to use", _use(about)),
         ("Environment", table("Item", about.environment)),
-        ("Citation", CITATION),
+        ("Citation", family_of(about.model).citation),
     ]
     return write_card(run, title, _front_matter(about), sections)
 
@@ -50,7 +50,7 @@ def _front_matter(run: RunFacts) -> dict[str, Any]:
     return {
         "library_name": "patchword",
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["vision-transformer", "self-supervised", run.objective, "pytorch"],
+        "tags": [*family_of(run.model).tags, "self-supervised", run.objective, "pytorch"],
         **({"datasets": [run.data_name]} if hub else {}),
     }
 
