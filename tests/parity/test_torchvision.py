@@ -54,7 +54,8 @@ def test_a_vit_agrees_both_ways(changes: dict[str, Any], expected: dict[str, Any
     ours, found = check(torchvision, theirs, rebuilt, heads=arguments["num_heads"])
     assert {key: getattr(ours.spec, key) for key in expected} == expected
     assert ours.spec.image_size == (32, 32)
-    assert found.notes == ()
+    assert len(found.notes) == 1
+    assert "preprocessing assumed" in found.notes[0]
 
 
 def test_the_published_size_needs_no_hint() -> None:
@@ -66,10 +67,44 @@ def test_the_published_size_needs_no_hint() -> None:
     assert any("12 heads" in note for note in found.notes)
 
 
+PUBLISHED = {
+    "vit_b_16": {"IMAGENET1K_V1": 224, "IMAGENET1K_SWAG_E2E_V1": 384},
+    "vit_b_32": {"IMAGENET1K_V1": 224},
+    "vit_l_16": {"IMAGENET1K_V1": 224, "IMAGENET1K_SWAG_E2E_V1": 512},
+    "vit_l_32": {"IMAGENET1K_V1": 224},
+    "vit_h_14": {"IMAGENET1K_SWAG_E2E_V1": 518, "IMAGENET1K_SWAG_LINEAR_V1": 224},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "side"),
+    [(name, *row) for name, rows in PUBLISHED.items() for row in rows.items()],
+)
+def test_preprocessing_of_published_weights_follows_from_model_and_size(
+    name: str, weights: str, side: int
+) -> None:
+    models = importlib.import_module("torchvision").models
+    transform = models.get_model_weights(name)[weights].transforms()
+    with torch.device("meta"):
+        theirs = models.get_model(name, image_size=side)
+    found = find(torchvision, theirs.state_dict())
+    ours = found.preprocess
+    assert found.spec.image_size == (side, side) == (transform.crop_size[0],) * 2
+    assert (list(ours.mean), list(ours.std)) == (transform.mean, transform.std)
+    assert ours.interpolation == transform.interpolation.value
+    assert side / ours.crop_fraction == pytest.approx(transform.resize_size[0])
+    (note,) = [note for note in found.notes if note.startswith("preprocessing assumed")]
+    assert f"{weights}: {ours.interpolation}, resized to {transform.resize_size[0]} px" in note
+    twins = name in ("vit_b_16", "vit_l_16") and side == 224
+    assert ("IMAGENET1K_SWAG_LINEAR_V1, of the same shapes" in note) == twins
+
+
 def test_preprocessing_is_that_of_torchvisions_weights() -> None:
     weights = importlib.import_module("torchvision").models.ViT_B_16_Weights.IMAGENET1K_V1
     transform = weights.transforms()
-    ours = find(torchvision, create(**SMALL).state_dict()).preprocess
+    found = find(torchvision, create(**SMALL).state_dict())
+    ours = found.preprocess
+    assert any("assumed: bilinear, the middle 0.875" in note for note in found.notes)
     assert list(ours.mean) == transform.mean
     assert list(ours.std) == transform.std
     assert ours.interpolation == transform.interpolation.value

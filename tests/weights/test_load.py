@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from patchword import Model, PatchwordError, UsageError, create_model, load_model, save_model
 from patchword.models.position import resample_position_embedding
+from patchword.spec.model import ViTSpec
 from patchword.weights.load import describe_weights, read_weights, transfer
 
 Make = Callable[..., Model]
@@ -159,12 +160,13 @@ def test_a_narrow_hidden_layer_of_the_head_is_kept_and_replaced_by_transfer(
     path = save_model(model, tmp_path / "m.safetensors")
     assert same(load_model(path), model)
     foreign = save_model(model, tmp_path / name, format=format)
-    hints = {} if format == "google-npz" else {"heads": 2}
+    hints: dict[str, Any] = {} if format == "google-npz" else {"heads": 2}
     loaded = load_model(foreign, trust_pickle=True, **hints)
     assert loaded.spec == model.spec
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(images), model(images), rtol=1e-4, atol=1e-5)
     tuned = transfer(path, num_classes=3, image_size=(32, 32))
+    assert isinstance(tuned.spec, ViTSpec)
     assert (tuned.spec.head, tuned.spec.head_width) == ("linear", None)
     for refusing in ("timm", "huggingface"):
         with pytest.raises(PatchwordError, match=r"head mlp|hidden layer in the head"):

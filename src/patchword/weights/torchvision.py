@@ -3,10 +3,12 @@ no configuration."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from patchword.models.model import Model
 from patchword.models.vit import ViT
+from patchword.models.zoo import variant_name
 from patchword.spec.model import PreprocessSpec, ViTSpec
 from patchword.spec.parse import PatchwordError, parse
 from patchword.weights import mapping
@@ -42,7 +44,22 @@ PREPROCESS = PreprocessSpec(
     interpolation="bilinear",
     crop_fraction=224 / 256,
 )
-"""of torchvision's ImageNet weights"""
+"""of most of torchvision's ImageNet weights"""
+V1, END_TO_END, LINEAR = (f"IMAGENET1K_{name}V1" for name in ("", "SWAG_E2E_", "SWAG_LINEAR_"))
+PUBLISHED: dict[tuple[str, int], tuple[str, int]] = {
+    ("ViT-B/16", 224): (V1, 256),
+    ("ViT-B/32", 224): (V1, 256),
+    ("ViT-L/16", 224): (V1, 242),
+    ("ViT-L/32", 224): (V1, 256),
+    ("ViT-B/16", 384): (END_TO_END, 384),
+    ("ViT-L/16", 512): (END_TO_END, 512),
+    ("ViT-H/14", 518): (END_TO_END, 518),
+    ("ViT-H/14", 224): (LINEAR, 224),
+}
+"""Variant and side in pixels to torchvision's weights and the side that they resize to before the
+crop; those of SWAG are bicubic (torchvision/models/vision_transformer.py)."""
+TWINS = ("ViT-B/16", "ViT-L/16")
+"""They have `LINEAR` weights at 224 pixels too, which no shape tells from `V1`."""
 NORM_EPS = 1e-6
 
 
@@ -98,11 +115,27 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
     }
     fields |= {key: value for key, value in hints.items() if key != "image_size"}
     spec = parse(ViTSpec, fields)
-    preprocess = PREPROCESS
-    if channels != 3:
-        preprocess = PreprocessSpec(mean=(0.5,) * channels, std=(0.5,) * channels)
-        notes.append("preprocessing assumed: mean and std 0.5")
+    preprocess, note = _preprocess(spec)
+    notes.append(f"preprocessing assumed: {note}")
     return Found(spec=spec, rules=rules(spec), preprocess=preprocess, notes=tuple(notes))
+
+
+def _preprocess(spec: ViTSpec) -> tuple[PreprocessSpec, str]:
+    """The preprocessing, which no file holds: that of the published weights of this model and size,
+    else of most of them; and what was assumed, in words."""
+    channels, name, side = spec.in_channels, variant_name(spec), spec.image_size[0]
+    if channels != 3:
+        return PreprocessSpec(mean=(0.5,) * channels, std=(0.5,) * channels), "mean and std 0.5"
+    if (name, side) not in PUBLISHED or spec.image_size[1] != side:
+        share = PREPROCESS.crop_fraction
+        return PREPROCESS, f"bilinear, the middle {share:g}, as most of torchvision's weights"
+    weights, resized = PUBLISHED[name, side]
+    kind = "bilinear" if weights == V1 else "bicubic"
+    note = f"that of {weights}: {kind}, resized to {resized} px"
+    if name in TWINS and weights == V1:
+        note += f" ({LINEAR}, of the same shapes, has bicubic, {side} px)"
+    crop = side / resized
+    return dataclasses.replace(PREPROCESS, interpolation=kind, crop_fraction=crop), note
 
 
 def write(model: Model) -> Written:
