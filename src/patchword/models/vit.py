@@ -73,7 +73,7 @@ class ViT(Model[ViTSpec]):
         )
         classified = spec.num_classes > 0
         pooled = 2 * width if spec.pool == "token+gap" else width
-        hidden = spec.hidden if spec.head == "mlp" else pooled
+        hidden = _hidden(spec) if spec.head == "mlp" else pooled
         self.pre_logits = nn.Linear(pooled, hidden) if classified and spec.head == "mlp" else None
         self.head = nn.Linear(hidden, spec.num_classes) if classified else None
         self.distillation_head = (
@@ -183,6 +183,11 @@ def _tokens(count: int, width: int) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(1, count, width)) if count else None
 
 
+def _hidden(spec: ViTSpec) -> int:
+    """Units of the hidden layer of a head that has one."""
+    return spec.width if spec.head_width is None else spec.head_width
+
+
 def init_weights(model: ViT) -> None:
     """Initialise as the authors' public code does (google-research/vision_transformer, models_vit).
 
@@ -259,9 +264,9 @@ def _head_macs(spec: ViTSpec, tokens: int, mlp: int) -> int:
         pool = 2 * tokens * width * width + 2 * width * width  # k and v, q and projection
         pool += 2 * tokens * width + mlp
     pooled = 2 * width if spec.pool == "token+gap" else width
-    head = (spec.hidden if spec.head == "mlp" else pooled) * spec.num_classes
+    head = (_hidden(spec) if spec.head == "mlp" else pooled) * spec.num_classes
     if spec.head == "mlp" and spec.num_classes:
-        head += pooled * spec.hidden
+        head += pooled * _hidden(spec)
     if spec.distillation == "head":
         head += width * spec.num_classes
     return pool + head

@@ -208,11 +208,6 @@ class ViTSpec(ModelSpec):
                 )
 
     @property
-    def hidden(self) -> int:
-        """Units of the hidden layer of a head of kind `mlp`."""
-        return self.width if self.head_width is None else self.head_width
-
-    @property
     def grid(self) -> tuple[int, int]:
         """Patches along height and width."""
         return (
