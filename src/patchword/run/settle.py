@@ -76,6 +76,10 @@ def settle(
     return spec
 
 
+class OutOfMemory(PatchwordError):
+    """The memory is too small for a step; the message says what helps."""
+
+
 @contextmanager
 def memory_explained(spec: TrainSpec) -> Iterator[None]:
     """Turn the errors of want of memory, the device's or the host's, into one with a remedy."""
@@ -84,14 +88,16 @@ def memory_explained(spec: TrainSpec) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_memory(error):
             raise
-        raise PatchwordError(
+        raise OutOfMemory(
             f"out of memory with {spec.batch_size // spec.optim.accumulate} images at a time; "
             f"use --accumulate {2 * spec.optim.accumulate}, or a smaller --batch-size"
         ) from error
 
 
 def _is_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)
+    """The driver, cuBLAS and Triton take memory besides PyTorch, and say so in words."""
+    words = ("can't allocate", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 # The resolution ----------------------------------------------------------------------------------
@@ -212,18 +218,28 @@ def _probe(train: Features, val: Features | None, classes: int) -> Probe:
 # The batch ---------------------------------------------------------------------------------------
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether want of memory on the device is an error to go on from: on a CPU the system may end
+    the process instead."""
+    return device.type == "cuda"
+
+
 def _fitting_batch(inputs: Inputs) -> TrainSpec:
     """The spec with its batch divided into as many parts as the memory needs: on a GPU the first
-    number with which a step works, elsewhere by the activations that a step keeps."""
+    number with which a step works, elsewhere by the activations that a step keeps.
+
+    Raises `PatchwordError` if no number is enough.
+    """
     spec = inputs.spec
     parts = spec.optim.accumulate
-    if inputs.device.type == "cuda":
+    if has_own_memory(inputs.device):
         while True:
             try:
-                _pace(_trial(inputs, 1000), inputs, 0.0, steps=1)
+                with memory_explained(spec):
+                    _pace(_trial(inputs, 1000), inputs, 0.0, steps=1)
                 break
-            except RuntimeError as error:
-                if not _is_memory(error) or spec.batch_size % (2 * parts):
+            except OutOfMemory:
+                if spec.batch_size % (2 * parts):
                     raise
             parts *= 2
             torch.cuda.empty_cache()
