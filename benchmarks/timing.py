@@ -178,25 +178,32 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """That of the working tree, `-dirty` if files differ, or what `PATCHWORD_COMMIT` says."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
     except OSError:
-        return None
-    return result.stdout.strip() or None
+        return os.environ.get("PATCHWORD_COMMIT")
+    return result.stdout.strip() or os.environ.get("PATCHWORD_COMMIT")
 
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def headed(device: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A record: `content` with machine, commit and command."""
+    command = shlex.join(["python", *sys.argv])
+    return {"machine": machine(device), "commit": commit(), "command": command, **content}
+
+
 def record(name: str, device: str, content: Mapping[str, Any]) -> Path:
     """Write `results/NAME-MACHINE.json`, with machine, commit and command, and return its path."""
-    here = machine(device)
+    whole = headed(device, content)
+    here = whole["machine"]
     place = here["gpu"] or f"{here['cpu']} family {here['family']} {here['threads']} threads"
     path = RESULTS / f"{slug(name)}-{slug(place)}.json"
-    head = {"machine": here, "commit": _commit(), "command": shlex.join(["python", *sys.argv])}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**head, **content}, indent=1) + "\n")
+    path.write_text(json.dumps(whole, indent=1) + "\n")
     return path

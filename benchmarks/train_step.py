@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 import peers
@@ -116,4 +115,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    import tyro
+
     main(tyro.cli(Options))
