@@ -80,7 +80,7 @@ def resumed(folder: Path, device: str, steps: int) -> dict[str, Any]:
 def trained(folder: Path, device: Device, steps: int | None, least: float) -> dict[str, Any]:
     """The run, and its figures on the test part in two batch sizes, which must agree."""
     began = time.monotonic()
-    length = {} if steps is None else {"steps": steps}
+    length: dict[str, Any] = {} if steps is None else {"steps": steps}
     run = patchword.train("digits", out=folder / "digits", device=device, **length)
     seconds = time.monotonic() - began
     found = [
@@ -105,7 +105,7 @@ def main() -> None:
     given = parser.parse_args()
     device = cast(Device, given.device)
     least = 0.95 if given.steps is None else 0.5
-    result: dict[str, Any] = {"resume": resumed(given.folder, device, 100)}
+    result: dict[str, Any] = {"resume": resumed(given.folder, device, 60)}
     given.result.write_text(json.dumps(result))
     result["run"] = trained(given.folder, device, given.steps, least)
     given.result.write_text(json.dumps(result))

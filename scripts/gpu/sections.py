@@ -53,7 +53,7 @@ class Result:
     found: Any = field(default=None)
 
 
-# Before the sections -------------------------------------------------------------------------------
+# Before the sections -----------------------------------------------------------------------------
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ def environment(site: Path, cache: Path) -> dict[str, str]:
     }
 
 
-# The sections --------------------------------------------------------------------------------------
+# The sections ------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> Any:
@@ -167,7 +167,7 @@ def run(section: Section, log: Path, env: dict[str, str], left: float) -> Result
     return Result(section.name, status, seconds, limit, section.read())
 
 
-# The record ----------------------------------------------------------------------------------------
+# The record --------------------------------------------------------------------------------------
 
 
 def commit() -> str | None:
@@ -191,8 +191,8 @@ def in_short(result: Result) -> str:
         return f"stopped at step {found['resume']['stopped_at']}, same bits{top1}"
     if "results" in found:
         rows = [
-            f"{'compiled' if row['compiled'] else 'eager'} {row['images_per_second']:.0f} images/s, "
-            f"{row['share']:.0%} of {row['product_tflops']:.3g} TFLOP/s"
+            f"{'compiled' if row['compiled'] else 'eager'} {row['images_per_second']:.0f} "
+            f"images/s, {row['share']:.0%} of {row['product_tflops']:.3g} TFLOP/s"
             for row in found["results"]
         ]
         return f"{found['title']}: {'; '.join(rows)}"
@@ -253,6 +253,8 @@ def main() -> int:
         device = (found.get("device") or {}).get("type", "cpu")
         record["quick"] = quick = given.quick or device == "cpu"
         env["PATCHWORD_TEST_DEVICE"] = device
+        if device == "cpu":
+            env.setdefault("OMP_NUM_THREADS", "1")  # threads wait for each other on a busy machine
         for section in sections(device, quick, work):
             if not given.only or any(part in section.name for part in given.only):
                 take(section)

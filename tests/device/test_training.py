@@ -215,14 +215,15 @@ def test_want_of_memory_outside_the_allocator(message: str):
 def test_a_failed_try_leaves_no_memory_behind(
     start: Path, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ):
-    """Neither its weights nor its gradients are there at the next one, without the collector's
-    help."""
+    """Its weights are gone at the next one, though a cycle of references holds them, as with some
+    versions of PyTorch the optimiser does."""
     alive: list[weakref.ref[Any]] = []
     counts: list[int] = []
 
     def fail(self: Trainer, *_: Any) -> None:
         counts.append(sum(ref() is not None for ref in alive))
         alive.extend(weakref.ref(p) for p in self.working.module.parameters())
+        vars(self)["cycle"] = self
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Trainer, "step", fail)

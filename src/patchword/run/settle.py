@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import math
 import os
 import time
@@ -72,6 +73,7 @@ def settle(
             inputs.spec = spec
         if timed:
             spec = _in_time(inputs, pace, started, console, ready)
+    _let_go()
     inputs.spec = spec
     return spec
 
@@ -242,7 +244,6 @@ def _fitting_batch(inputs: Inputs) -> TrainSpec:
                 if spec.batch_size % (2 * parts):
                     raise
             parts *= 2
-            torch.cuda.empty_cache()
             inputs.spec = spec = _accumulating(spec, parts)
     else:
         kept = sum(row.activation_bytes for row in layer_table(inputs.model.spec))
@@ -308,12 +309,21 @@ def _trial_loss(inputs: Inputs, rate: float, count: int) -> float:
 
 
 def _trial(inputs: Inputs, steps: int, rate: float | None = None) -> Trainer:
-    """A trainer of a copy of the model, for a run of so many steps."""
+    """A trainer of a copy of the model, for a run of so many steps; the one before is let go."""
+    _let_go()
     spec = runs.with_steps(inputs.spec, steps)
     if rate is not None:
         spec = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, lr=rate))
     dtype = resolve_precision(spec.precision, inputs.device)
     return Trainer(copy.deepcopy(inputs.model), spec, inputs.device, dtype, inputs.class_weights())
+
+
+def _let_go() -> None:
+    """Give back the memory of trials that are over: PyTorch's optimisers hang in cycles of
+    references, which Python leaves lying for a while, their weights on the device with them."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 # The length --------------------------------------------------------------------------------------
