@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WHEELS = ROOT / "build" / "wheels"
 TOTAL = 465.0
 """Seconds for all sections: 8 minutes less what starting and stopping take."""
+LEAST = 5.0
+"""Seconds that a section is started with."""
 TAIL = 25
 """Lines of a failed section's log that are shown."""
 
@@ -144,7 +146,7 @@ def sections(device: str, quick: bool, work: Path) -> list[Section]:
 def run(section: Section, log: Path, env: dict[str, str], left: float) -> Result:
     """Run a section to its end or its limit; its output goes to `log`."""
     limit = min(section.limit, left)
-    if limit < 5:
+    if left < LEAST:
         return Result(section.name, "no time left", 0.0, section.limit)
     began = time.monotonic()
     with log.open("wb") as file:
