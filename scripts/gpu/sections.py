@@ -128,7 +128,7 @@ def sections(device: str, quick: bool, work: Path) -> list[Section]:
     runs = [python, "scripts/gpu/digits.py", str(work / "runs"), str(digits), "--device", device]
     found = [
         Section("tests", [*tests, f"--junitxml={report}"], 150, lambda: read_tests(report)),
-        Section("digits", runs + ["--steps", "150"] * quick, 110, lambda: read_json(digits)),
+        Section("digits", runs + ["--steps", "150"] * quick, 150, lambda: read_json(digits)),
     ]
     small = ["--image-size", "64", "--batch-size", "16", "--rounds", "3", "--depth", "1"]
     models = (
