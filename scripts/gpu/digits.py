@@ -27,13 +27,16 @@ from patchword.weights.native import load_tensors
 CHILD = """
 import sys, patchword
 from patchword.spec.parse import Interrupted
+from patchword.run import finish as finishing
+finishing.report_run = lambda *_: None
 try:
     patchword.train("digits", out=sys.argv[1], device=sys.argv[2], steps=int(sys.argv[3]),
                     checkpoint_every=10, eval_every=50, deterministic=True, workers=0)
 except Interrupted as stop:
     sys.exit(stop.exit_code)
 """
-"""Training from Python: a bare machine may have no tyro, which the command line needs."""
+"""Training from Python: a bare machine may have no tyro, which the command line needs. The report,
+drawn on the CPU, takes longer than the run."""
 
 
 def start(run: Path, device: str, steps: int) -> subprocess.Popen[bytes]:
