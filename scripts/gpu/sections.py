@@ -131,9 +131,7 @@ def sections(device: str, quick: bool, work: Path) -> list[Section]:
         Section("digits", runs + ["--steps", "150"] * quick, 150, lambda: read_json(digits)),
     ]
     small = ["--image-size", "64", "--batch-size", "16", "--rounds", "3", "--depth", "1"]
-    models = (
-        (("ViT-mu/16", 90), ("ViT-Ti/16", 90)) if quick else (("ViT-B/16", 90), ("ViT-L/16", 150))
-    )
+    models = (("ViT-mu/16", 180),) if quick else (("ViT-B/16", 90), ("ViT-L/16", 150))
     for model, limit in models:
         name = f"step-{model.replace('/', '-')}"
         out = work / f"{name}.json"
