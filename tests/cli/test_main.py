@@ -418,10 +418,13 @@ def test_signals_have_their_exit_codes(command: Command, monkeypatch: pytest.Mon
         assert command("doctor")[0] == code
 
 
-def test_installed_command():
+@pytest.mark.parametrize(
+    "start", [[sys.executable, "-m", "patchword"], [str(Path(sys.executable).parent / "patchword")]]
+)
+def test_installed_command(start: list[str]):
     """As a user runs it, in a process of its own: results on stdout, errors on stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "patchword.cli.main", "recipes", "nothing"],
+        [*start, "recipes", "nothing"],
         capture_output=True,
         text=True,
         timeout=120,
