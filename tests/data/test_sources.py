@@ -470,6 +470,30 @@ def test_hub_sets_are_told_apart(monkeypatch):
     assert pickle.loads(pickle.dumps(first)).fingerprint == first.fingerprint
 
 
+def test_the_hub_is_told_of_no_use(monkeypatch):
+    """When the library is called, it names no other package to the hub, and counts no download."""
+    import datasets
+    from datasets import config
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    assert "torch/" in build_hf_headers()["user-agent"]
+    told = []
+
+    def load_dataset(name):
+        told.append((build_hf_headers()["user-agent"], config.HF_UPDATE_DOWNLOAD_COUNTS))
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(PatchwordError, match="cannot be loaded"):
+        open_source("hub:o/n")
+    ((agent, counted),) = told
+    assert "torch/" not in agent
+    assert not counted
+
+
 @pytest.mark.parametrize(
     ("library", "name"), [("datasets", "hub:o/n"), ("pyarrow", "{tmp}/a.parquet")]
 )

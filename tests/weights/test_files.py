@@ -320,6 +320,25 @@ def test_the_hub_out_of_reach_is_one_line():
             load_model(f"hub:{name}")
 
 
+def test_the_hub_is_told_of_no_use(monkeypatch: pytest.MonkeyPatch):
+    """When the library is called, it names no other package to the hub."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    told: list[str] = [build_hf_headers()["user-agent"]]
+
+    def snapshot_download(*_: Any, **__: Any) -> str:
+        told.append(build_hf_headers()["user-agent"])
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(PatchwordError, match="cannot be fetched"):
+        load_model("hub:some/vit")
+    assert ["torch/" in agent for agent in told] == [True, False]
+
+
 def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(PatchwordError, match=r"pip install 'patchword\[hub\]'"):

@@ -299,11 +299,18 @@ def _identity(data: Any) -> list[Any]:
 
 
 def open_hub(name: str) -> Source:
-    """Data set `name` (ORG/NAME) of the Hugging Face hub; the only source that uses the network."""
+    """Data set `name` (ORG/NAME) of the Hugging Face hub; the only source that uses the network.
+
+    The libraries' reports of usage and counts of downloads are off.
+    """
     try:
         import datasets
+        import datasets.config
+        from huggingface_hub import constants
     except ImportError:
         raise PatchwordError(f"hub:{name} {_INSTALL}") from None
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # network, missing or gated data, bad data: many types

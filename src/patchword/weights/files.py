@@ -331,18 +331,20 @@ def _json(path: Path) -> dict[str, Any]:
 def download(name: str, *, trust_pickle: bool = False) -> Path:
     """The local folder of the hub's `ORG/NAME[@REVISION]`, fetched where it is not in the cache.
 
-    Pickles are fetched only with `trust_pickle` and where there is nothing else. Raises
-    `PatchwordError` if the hub cannot be reached or does not have it.
+    Pickles are fetched only with `trust_pickle` and where there is nothing else. Nothing else is
+    said to the hub: its library's reports of usage are off. Raises `PatchwordError` if the hub
+    cannot be reached or does not have it.
     """
     repo, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"hub:{name} is no name on the hub; write hub:ORG/NAME[@REVISION]")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
     except ImportError:
         raise PatchwordError(
             f"hub:{name} needs an extra; run: pip install 'patchword[hub]'"
         ) from None
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     configs = [CONFIG, PREPROCESSOR]
     safe = ["model*.safetensors", INDEX, "*.npz"]
     try:
