@@ -34,6 +34,36 @@ hypothesis.settings.register_profile("patchword", deadline=None, print_blob=True
 hypothesis.settings.load_profile("patchword")
 
 
+EFFORTS = ("short", "faults", "soak")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--effort",
+        choices=EFFORTS,
+        default=EFFORTS[0],
+        help="counts of the tests that grow with effort; above short, these tests alone",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`short` is every test but the `long` ones; any more is the `long` and `grows` ones alone."""
+    short = config.getoption("--effort") == EFFORTS[0]
+    kept, left = [], []
+    for item in items:
+        long, grows = (item.get_closest_marker(name) for name in ("long", "grows"))
+        (kept if (not long if short else long or grows) else left).append(item)
+    items[:] = kept
+    if left:
+        config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture(scope="session")
+def effort(pytestconfig: pytest.Config) -> Callable[[int, int, int], int]:
+    """`effort(short, faults, soak)`: the count of those three that was asked for."""
+    return lambda *counts: counts[EFFORTS.index(pytestconfig.getoption("--effort"))]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same weights and images, in whatever order the tests run."""
