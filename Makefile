@@ -5,14 +5,24 @@ BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
+.PHONY: demo test faults soak check wheel format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.stamp
 	$(BIN)/patchword demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n auto
+	$(PYTEST)
+
+# What make test does a little of, longer: kills, mutated files, flipped bits. Minutes.
+faults: $(VENV)/dev.stamp
+	$(PYTEST) --effort faults
+
+# The same at full counts, for hours; the record goes to benchmarks/results.
+soak: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/soak.py
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -20,6 +30,11 @@ check: $(VENV)/dev.stamp
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/sizes.py
+	$(BIN)/python -m pip check
+
+# Builds the wheel into dist, and tries it in an empty environment.
+wheel: $(VENV)/pyvenv.cfg
+	scripts/wheel.sh $(BIN)/python
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

@@ -81,8 +81,9 @@ def resume(runs, stopped):
     return lambda **changes: patchword.train("digits", out=stopped, **runs[1] | changes)
 
 
+@pytest.mark.grows
 @pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_is_found(runs, tmp_path, name):
+def test_every_flipped_bit_is_found(runs, tmp_path, effort, record_property, name):
     """At both ends of each file, where the structure is, and at random in between."""
     folder = tmp_path / "copy"
     shutil.copytree(runs[0] / "stopped/checkpoints/step-00000007", folder)
@@ -90,7 +91,8 @@ def test_every_flipped_bit_is_found(runs, tmp_path, name):
     data = (folder / name).read_bytes()
     size = 8 * len(data)
     positions = {*range(64), *range(size - 64, size)}
-    positions |= {random.Random(0).randrange(size) for _ in range(40)}
+    rng = random.Random(0)
+    positions |= {rng.randrange(size) for _ in range(effort(40, 2_000, 20_000))}
     for position in sorted(positions):
         changed = bytearray(data)
         changed[position // 8] ^= 1 << position % 8
@@ -98,6 +100,7 @@ def test_every_flipped_bit_is_found(runs, tmp_path, name):
         assert damage(folder) is not None, position
     (folder / name).write_bytes(data)
     assert damage(folder) is None
+    record_property("flipped bits of a checkpoint", len(positions))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,7 +1,8 @@
 """Weight files made to harm: a table of how each is made, and what loading them came to.
 
-Run as a program in a process of its own: `hostile.py FOLDER` makes every case in FOLDER, loads it
-under watch, and prints a JSON list of what happened.
+Run as a program in a process of its own: `hostile.py FOLDER TIMES` makes every case in FOLDER,
+loads it under watch, and prints a JSON list of what happened; the cases that are drawn, TIMES as
+many.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from patchword import Model, PatchwordError, create_model, load_model, save_mode
 from patchword.weights.native import load_tensors, save_tensors
 
 SEEDS = 4
-"""Cases of each kind."""
+"""Cases of each kind, once."""
 FLIPS = 20
-"""Files of each kind with one bit changed near an end, which may be harmless."""
+"""Files of each kind with one bit changed near an end, which may be harmless, once."""
 Edit = Callable[[dict[str, Any], random.Random], None]
 
 
@@ -345,7 +346,7 @@ def _index(value: Any) -> dict[str, bytes]:
 # All ---------------------------------------------------------------------------------------------
 
 
-def cases(root: Path) -> Iterator[tuple[str, Path]]:
+def cases(root: Path, times: int) -> Iterator[tuple[str, Path]]:
     """(what it is, where it is) of each; all but flipped ones must be refused."""
     base = root / "base"
     base.mkdir()
@@ -363,7 +364,7 @@ def cases(root: Path) -> Iterator[tuple[str, Path]]:
         (where / name).write_bytes(data)
         return where / name
 
-    for seed in range(SEEDS):
+    for seed in range(times * SEEDS):
         rng = random.Random(seed)
         for name, edit in HEADER_EDITS.items():
             yield f"safetensors {seed}: {name}", put(with_header(timm, edit, rng))
@@ -389,7 +390,7 @@ def cases(root: Path) -> Iterator[tuple[str, Path]]:
         yield f"ours: {value}", _ours(ours, where / "case", lambda h: None, tensors)
     for path in (timm, npz, pth):
         whole = path.read_bytes()
-        for k in range(FLIPS):
+        for k in range(times * FLIPS):
             flipped, place = (
                 bytearray(whole),
                 rng.choice([rng.randrange(600), -rng.randrange(1, 600)]),
@@ -429,7 +430,7 @@ def resident() -> int:
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 
 
-def main(root: Path) -> None:
+def main(root: Path, times: int) -> None:
     done: list[dict[str, Any]] = []
     seen: list[str] = []
     watching = False
@@ -442,7 +443,7 @@ def main(root: Path) -> None:
 
     sys.addaudithook(watch)
     os.chdir(root)
-    for name, path in cases(root):
+    for name, path in cases(root, times):
         Path("/proc/self/clear_refs").write_text("5")
         before = resident()
         tracemalloc.start()
@@ -468,4 +469,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytestmark = pytest.mark.grows
 
 PARSING = 32 << 20
 """Bytes that parsing may take besides twice the size of the file: the deepest pickle makes 200,000
@@ -17,25 +20,31 @@ small objects, each of which tracemalloc keeps books on. A file that inflates ta
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcome(
+    tmp_path_factory: pytest.TempPathFactory, effort: Callable[[int, int, int], int]
+) -> dict[str, Any]:
     """What loading every file came to, in a process of its own that watches itself."""
-    program = Path(__file__).with_name("hostile.py")
+    program, folder = Path(__file__).with_name("hostile.py"), tmp_path_factory.mktemp("hostile")
+    times = effort(1, 8, 50)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), str(tmp_path_factory.mktemp("hostile"))],
+        [sys.executable, "-W", "ignore", str(program), str(folder), str(times)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=200 * times,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_nothing_runs_and_nothing_is_written(outcome: dict[str, Any]):
+def test_nothing_runs_and_nothing_is_written(
+    outcome: dict[str, Any], record_property: Callable[[str, object], None]
+):
     """No command, no connection, no file opened to write: by Python's audit events, and by the file
     that the code in the files would leave."""
     assert outcome["seen"] == []
     assert outcome["marks"] == []
+    record_property("hostile weight files", len(outcome["cases"]))
 
 
 def test_each_is_one_readable_error(outcome: dict[str, Any]):
