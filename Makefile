@@ -18,7 +18,7 @@ test: $(VENV)/dev.stamp
 
 # What make test does a little of, longer: kills, mutated files, flipped bits. Minutes.
 faults: $(VENV)/dev.stamp
-	$(PYTEST) --effort faults
+	$(PYTEST) --effort faults tests/faults
 
 # The same at full counts, for hours; the record goes to benchmarks/results.
 soak: $(VENV)/dev.stamp
