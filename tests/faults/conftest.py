@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import patchword
+from patchword.cli.main import main
 from patchword.spec.parse import Interrupted
 from patchword.training.loop import Run
 
@@ -82,13 +83,25 @@ def words(run, **changes):
     values = SETTINGS | {"out": run} | changes
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items()]
     flags = itertools.chain.from_iterable(pairs)
-    return [sys.executable, "-m", "patchword.cli.main", "train", "digits", *flags]
+    return [sys.executable, "-m", "patchword", "train", "digits", *flags]
 
 
 @pytest.fixture(scope="session")
 def command():
     """`command(run, **changes)`: the short run as a command line."""
     return words
+
+
+@pytest.fixture
+def here(capsys):
+    """`here(arguments)`: a command line in this process: its exit code and standard error."""
+
+    def run(arguments):
+        capsys.readouterr()
+        code = main(arguments[arguments.index("patchword") + 1 :])
+        return code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def command(run: Path, workers: int) -> list[str]:
         "out": run,
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "patchword.cli.main", "train", "digits", *flags]
+    return [sys.executable, "-m", "patchword", "train", "digits", *flags]
 
 
 class Killer:

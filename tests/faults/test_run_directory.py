@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +20,13 @@ def snapshot(folder):
     }
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path, train, command, shell):
+def test_a_finished_run_is_left_as_it_is(tmp_path, train, command, here):
     run = tmp_path / "run"
     train(run)
     before = snapshot(run)
-    done = shell(command(run))
-    assert done.returncode == 0
-    assert f"{run} is finished; --overwrite trains it again" in done.stderr.replace("\n", "")
+    code, said = here(command(run))
+    assert code == 0
+    assert f"{run} is finished; --overwrite trains it again" in said.replace("\n", "")
     assert snapshot(run) == before
 
 
@@ -68,14 +66,14 @@ def test_a_run_directory_of_an_earlier_version_resumes(
     assert state_of(run) == state_of(tmp_path / "whole")
 
 
-def test_other_settings_are_refused_and_named(tmp_path, train, command, shell):
+def test_other_settings_are_refused_and_named(tmp_path, train, command, here):
     run = tmp_path / "run"
     train(run)
     before = snapshot(run)
-    done = shell(command(run, lr=0.5, batch_size=32))
-    assert done.returncode == 2
-    assert "batch_size, optim.lr" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    code, said = here(command(run, lr=0.5, batch_size=32))
+    assert code == 2
+    assert "batch_size, optim.lr" in said
+    assert len(said.strip().splitlines()) == 1
     assert snapshot(run) == before
 
 
@@ -218,8 +216,8 @@ def test_weights_are_as_readable_as_other_files(tmp_path, train):
     assert len(modes) == 1
 
 
-def test_a_missing_data_source_leaves_nothing(tmp_path):
-    arguments = [sys.executable, "-m", "patchword.cli.main", "train", "nowhere", "--out", "run"]
-    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode in (1, 2)
+def test_a_missing_data_source_leaves_nothing(tmp_path, here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _ = here(["patchword", "train", "nowhere", "--out", "run"])
+    assert code in (1, 2)
     assert not (tmp_path / "run").exists()
