@@ -34,6 +34,7 @@ SHORT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("reported")
 def test_a_run_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Train, stop, resume, evaluate, predict, report; what was stopped ends as what was not."""
     settings: dict[str, Any] = SHORT | FAMILIES[name] | {"model": name}

@@ -43,7 +43,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def learned(
-    make_photos: MakePhotos, tmp_path_factory: pytest.TempPathFactory
+    make_photos: MakePhotos, tmp_path_factory: pytest.TempPathFactory, reported: None
 ) -> Callable[[str], tuple[Path, Path]]:
     """`learned(objective)`: a finished run on labelled data, and the data, whose test images cannot
     be read."""
@@ -66,6 +66,7 @@ def learned(
 
 
 @both
+@pytest.mark.usefixtures("reported")
 def test_a_flat_folder_is_learned(objective: str, flat: Path, tmp_path: Path, command: Command):
     run = tmp_path / "run"
     words = ["train", flat, *SMALL, "--objective", objective, "--out", run]
@@ -227,6 +228,7 @@ def test_runs_of_an_objective_have_a_folder_of_their_own(
     assert "runs/pictures-ViT-mu-8-masked-patch" in out
 
 
+@pytest.mark.usefixtures("reported")
 def test_nothing_held_out(flat: Path, tmp_path: Path, command: Command):
     """There is nothing to choose on: the last weights stay."""
     words = ["train", flat, *SMALL, "--objective", "mae", "--out", tmp_path / "run"]

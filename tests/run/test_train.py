@@ -269,6 +269,7 @@ def test_one_class_is_no_task(make_photos: MakePhotos, tmp_path: Path, command: 
     assert "one class (red)" in " ".join(err.split())
 
 
+@pytest.mark.usefixtures("reported")
 def test_with_nothing_held_out_it_is_measured_on_train(
     make_photos: MakePhotos, tmp_path: Path, command: Command
 ):
