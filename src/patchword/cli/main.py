@@ -31,6 +31,7 @@ from patchword.cli.arguments import (
     read_train,
 )
 from patchword.cli.tables import err, out
+from patchword.report.words import count, sweep_rows
 from patchword.spec.parse import Interrupted, PatchwordError, UsageError, nearest
 from patchword.training.recipes import RECIPES, find_recipe
 from patchword.weights.pretrained import PRETRAINED, find_pretrained
@@ -57,7 +58,6 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _sweep(args: TrainArguments, spec: TrainSpec) -> int:
-    from patchword.report.record import sweep_rows
     from patchword.run.sweep import sweep
 
     done = sweep(
@@ -156,7 +156,7 @@ def inspect(arguments: Sequence[str]) -> int:
     else:
         tables.show_inspection(done.out, done.summary)
     if bad:
-        err.print(f"{tables.files(len(bad))} could not be read", highlight=False)
+        err.print(f"{count(len(bad), 'file')} could not be read", highlight=False)
     return 0
 
 
@@ -174,7 +174,7 @@ def explain(arguments: Sequence[str]) -> int:
     else:
         tables.show_explanations(done)
     if bad:
-        err.print(f"{tables.files(len(bad))} could not be read", highlight=False)
+        err.print(f"{count(len(bad), 'file')} could not be read", highlight=False)
     return 0
 
 
@@ -228,7 +228,7 @@ def check(arguments: Sequence[str]) -> int:
         if args.json:
             out.print_json(data={"brought_back": [move.path for move in back]})
         else:
-            out.print(f"brought back {tables.files(len(back))}", highlight=False)
+            tables.say(f"brought back {count(len(back), 'file')}")
         return 0
     done = checking.check(**settings, console=err)
     if args.json:

@@ -17,7 +17,7 @@ from patchword.data.splits import hold_out
 from patchword.evaluation.calibrate import BOUNDS, THRESHOLDS, coverage_curve, fit_temperature
 from patchword.evaluation.classify import Classification, Scores
 from patchword.models.model import Model
-from patchword.report import record as facts
+from patchword.report.record import read_run
 from patchword.run.folder import is_run, locked
 from patchword.session.measuring import (
     known_parts,
@@ -282,7 +282,7 @@ def _place(
     best = run / "best" / SINGLE
     if not is_run(run) or file.path.resolve() != best.resolve():
         raise UsageError(f"of {run} only the best weights can be replaced; give --out FILE")
-    if not facts.read_run(run).summary.get("finished"):
+    if not read_run(run).summary.get("finished"):
         raise PatchwordError(f"{run} is not finished; finish it first, or give --out FILE")
     return _Place(best.resolve(), file, run)
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from patchword.evaluation.classify import Classification
 from patchword.models.zoo import macs, variant_name
 from patchword.objectives import training_exaflops
-from patchword.report.record import pretraining_commands, read_run
+from patchword.report.record import read_run
+from patchword.report.words import next_commands
 from patchword.run import folder as runs
 from patchword.run import pretraining
 from patchword.run.inputs import Inputs
@@ -32,7 +33,7 @@ def finish(
         result = None
         summary |= pretraining.outcome(run, summary, trainer, inputs)
         _write_summary(run, summary)
-        summary["next"] = pretraining_commands(read_run(run))
+        summary["next"] = next_commands(read_run(run))
         with console.status("drawing what the model predicts"):
             pretraining.report(run, trainer, inputs)
     else:

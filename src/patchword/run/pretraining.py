@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from patchword.inspection.figures.drawing import encode
 from patchword.inspection.figures.reconstruction import draw_predictions
 from patchword.objectives import create_objective
 from patchword.objectives.base import Objective
-from patchword.report.pretraining import write_pretraining_report
-from patchword.report.pretraining_card import write_pretraining_card
+from patchword.report.sections import Results
 from patchword.run.inputs import Inputs
-from patchword.run.reporting import inside
+from patchword.run.reporting import again, inside, spread, write_reports
 from patchword.spec.batch import Evaluator
 from patchword.training.criterion import LINEAR, LOSS, TOP1, Criterion
 from patchword.training.log import read_lines
@@ -109,16 +107,12 @@ def report(run: Path, trainer: Trainer, inputs: Inputs) -> None:
         read_weights(network, run / "best", FILES["raw"])
     part = "val" if len(inputs.division["val"]) else "train"
     indices = inputs.division[part]
-    some = indices[np.unique(np.linspace(0, len(indices) - 1, PICTURES).round().astype(np.int64))]
-    config, again = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
-    reproduce = f"patchword train --config {config} --out {again}"
-    write_pretraining_report(
-        run,
-        pictures=_pictures(network, trainer.objective, inputs, some),
+    results = Results(
+        pictures=_pictures(network, trainer.objective, inputs, spread(indices, PICTURES)),
         figures=inside(model, inputs.source, indices),
-        reproduce=reproduce,
+        reproduce=again(run),
     )
-    write_pretraining_card(run, reproduce=reproduce)
+    write_reports(run, results)
 
 
 @torch.no_grad()

@@ -20,8 +20,11 @@ from patchword.inspection.figures.embedding import draw_filters
 from patchword.inspection.of_model import NotApplicable, model_filters, model_positions
 from patchword.models.model import Model
 from patchword.models.vit import ViT
-from patchword.report import THUMBNAIL, Mistake, write_report
-from patchword.report.card import write_model_card
+from patchword.report.blocks import Mistake
+from patchword.report.markdown import write_card
+from patchword.report.page import THUMBNAIL, write_page
+from patchword.report.record import read_run
+from patchword.report.sections import Results
 
 MISTAKES = 24
 LOOKED_AT = 8
@@ -38,69 +41,84 @@ def report_run(
     split: str,
     flags: str = "",
 ) -> None:
-    """Write `report.html` and `MODEL_CARD.md` into a run directory; `flags` are what its command
-    had besides the settings in `config.json`."""
-    config, again = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
-    reproduce = f"patchword train --config {config}{flags} --out {again}"
-    write_report(
-        run,
+    """Write the report and the card of a classifier; `flags` are what its command had besides the
+    settings in `config.json`."""
+    results = Results(
         result=result,
         split=split,
         mistakes=worst_mistakes(source, result),
         figures=inside(model, source, result.indices),
-        reproduce=reproduce,
+        reproduce=again(run, flags),
     )
-    write_model_card(run, result=result, split=split, reproduce=reproduce)
+    write_reports(run, results)
+
+
+def write_reports(run: Path, results: Results) -> None:
+    """Write `report.html` and `MODEL_CARD.md` into a run directory."""
+    record = read_run(run)
+    write_page(record, results)
+    write_card(record, results)
+
+
+def again(run: Path, flags: str = "") -> str:
+    """The command line that repeats a run."""
+    config, out = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
+    return f"patchword train --config {config}{flags} --out {out}"
+
+
+def spread(indices: np.ndarray, most: int) -> np.ndarray:
+    """Up to so many of them, evenly."""
+    return indices[np.unique(np.linspace(0, len(indices) - 1, most).round().astype(np.int64))]
 
 
 def inside(model: Model, source: Source, indices: np.ndarray) -> dict[str, bytes]:
     """Title -> PNG of what can be seen in the model and, by some of the images at `indices`, in its
     attention."""
-    some = indices[np.unique(np.linspace(0, len(indices) - 1, LOOKED_AT).round().astype(np.int64))]
-    images = _images(model, source, some)
-    found: dict[str, bytes] = {}
+    images = _images(model, source, spread(indices, LOOKED_AT))
+    drawn: dict[str, bytes] = {}
     with contextlib.suppress(NotApplicable):
-        found["Patch embedding filters"] = encode(draw_filters(*model_filters(model)))
+        drawn["Patch embedding filters"] = encode(draw_filters(*model_filters(model)))
     if not len(images):
-        return found
+        return drawn
     device = next(model.parameters()).device
     inputs = to_input(torch.from_numpy(images).to(device), model.preprocess)
     with contextlib.suppress(NotApplicable):
         positions = model_positions(model, inputs)
-        found[positions.title] = encode(positions.draw())
+        drawn[positions.title] = encode(positions.draw())
     if isinstance(model, ViT):
-        distance = measure_attention(model, [inputs]).distance
-        drawn = draw_attention_distance(
-            distance, uniform=uniform_distance(model.spec), images=len(images)
+        distance, uniform = (
+            measure_attention(model, [inputs]).distance,
+            uniform_distance(model.spec),
         )
-        found["Mean attention distance"] = encode(drawn)
+        figure = draw_attention_distance(distance, uniform=uniform, images=len(images))
+        drawn["Mean attention distance"] = encode(figure)
         for number, mask in enumerate(rollout(model, inputs[:ROLLOUTS]), 1):
             image = images[number - 1].transpose(1, 2, 0)
-            found[f"Attention rollout, image {number}"] = encode(draw_rollout(image, mask))
-    return found
+            drawn[f"Attention rollout, image {number}"] = encode(draw_rollout(image, mask))
+    return drawn
 
 
 def _images(model: Model, source: Source, indices: np.ndarray) -> np.ndarray:
     """uint8 `[n, C, H, W]`: those that can be read."""
     transform = EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
-    found: list[np.ndarray] = []
+    read: list[np.ndarray] = []
     for index in indices.tolist():
         with contextlib.suppress(BadImage):
-            found.append(transform(source.read(index)))
-    return np.stack(found) if found else np.zeros((0, 0, 0, 0), np.uint8)
+            read.append(transform(source.read(index)))
+    return np.stack(read) if read else np.zeros((0, 0, 0, 0), np.uint8)
 
 
 def worst_mistakes(source: Source, result: Classification) -> list[Mistake]:
     """The most confident mistakes, with thumbnails."""
     names = list(result.per_class)
-    found: list[Mistake] = []
+    worst: list[Mistake] = []
     for at in result.mistakes(MISTAKES):
         index = int(result.indices[at])
         try:
             image = decode(source.read(index), source.channels, at_least=(THUMBNAIL, THUMBNAIL))
         except BadImage:
             continue
-        found.append(
+        worst.append(
             Mistake(
                 key=source.keys[index],
                 label=names[int(result.labels[at])],
@@ -109,4 +127,4 @@ def worst_mistakes(source: Source, result: Classification) -> list[Mistake]:
                 thumbnail=image,
             )
         )
-    return found
+    return worst

@@ -1,0 +1,362 @@
+"""The sections of a run's report and of its model card: one list, of which each shows its part.
+
+A section without content is left out, so that one list serves classifiers and runs without labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from patchword.evaluation.classify import Classification
+from patchword.report import charts, words
+from patchword.report.blocks import (
+    Block,
+    Code,
+    Gallery,
+    Group,
+    Headline,
+    Items,
+    Mistake,
+    Pairs,
+    Picture,
+    Section,
+    Table,
+    Text,
+)
+from patchword.report.record import RunRecord, finite, settings
+from patchword.report.words import count, facts, percent, plain
+
+LISTED = 30
+"""Up to this many classes are all in the card; of more, the ten with the lowest recall."""
+CITATION = """@inproceedings{dosovitskiy2021image,
+  title     = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
+  author    = {Alexey Dosovitskiy and Lucas Beyer and Alexander Kolesnikov and Dirk Weissenborn
+               and Xiaohua Zhai and Thomas Unterthiner and Mostafa Dehghani and Matthias Minderer
+               and Georg Heigold and Sylvain Gelly and Jakob Uszkoreit and Neil Houlsby},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021},
+  url       = {https://openreview.net/forum?id=YicbFdNTTy}
+}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What is shown of a run beside its directory."""
+
+    result: Classification | None = None
+    """the figures of a classifier; None where no labels were learned"""
+    split: str = "val"
+    """what it was measured on: test, val, train, all, or a name of the user's"""
+    mistakes: Sequence[Mistake] = ()
+    pictures: bytes | None = None
+    """a PNG of images as a run without labels predicts them"""
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNGs by title, of what is inside the model"""
+    reproduce: str = ""
+    """the command line that repeats the run"""
+
+
+def sections(run: RunRecord, results: Results) -> list[Section]:
+    """Those that have content, in order."""
+    result = results.result
+    notes = [Items(said)] if (said := words.notes(run, result, results.split)) else []
+    environment = {name: plain(value) for name, value in run.environment.items()}
+    again = [Code([results.reproduce])] if results.reproduce else []
+    listed = [
+        Section("", "Model details", _details(run, result), card=True),
+        Section("", "Intended use and limits", [_use(run, result), *notes], card=True),
+        Section("", "Training data", _data(run), card=True),
+        Section("", "Training procedure", _procedure(run, again), card=True),
+        Section("", "Evaluation", _evaluation(run, results), card=True),
+        Section("runs", "Learning rates and runs", _runs(run), card=True),
+        Section("curves", "Training", _training(run, classifier=result is not None)),
+        *([] if result is None else _of_classifier(result, results.mistakes)),
+        Section("predictions", "Predictions", _predictions(run, results.pictures)),
+        Section("inspection", "Inside the model", _inside(results.figures)),
+        Section("" if result else "next", "How to use", _how(run, result), card=True),
+        Section("cost", "Speed and cost", _cost(run)),
+        Section("configuration", "Configuration", _configuration(run)),
+        Section("reproduce", "Reproduce", [*again, *_pairs(environment, title="Environment")]),
+        Section("notes", "Notes", notes),
+        Section("", "Environment", _pairs(environment), card=True),
+        Section("", "Citation", _citation(run), card=True),
+    ]
+    return [section for section in listed if section.blocks]
+
+
+def headline(run: RunRecord, results: Results) -> Headline:
+    """What stands above the sections of the page."""
+    result, chosen = results.result, words.weights(run)
+    notes = len(words.notes(run, result, results.split))
+    weights = f" Weights: {chosen}." if chosen else ""
+    if result is not None:
+        tiles = {figure.name: figure.say(value) for figure, value in words.figures_of(result)}
+        shown = tiles.pop("Top-1 accuracy")
+        tiles |= {"Classes": f"{len(result.per_class):,}"} | facts(run, "parameters", "seconds")
+        claim = f"Top-1 accuracy on {words.images_of(results.split, result.n)}"
+        aside = f"95 % confidence interval {words.interval(result)}.{weights}"
+        return Headline(shown, claim, aside, notes, tiles)
+    tiles = {"Objective": run.objective}
+    tiles |= {"Patches masked": percent(run.mask_rate, 0)} if run.mask_rate else {}
+    tiles |= facts(run, "knn", "loss", "parameters", "images", "seconds")
+    linear, n = run.number("linear"), int(run.number("n") or 0)
+    if linear is not None:
+        aside = f"Trained without labels; they measured progress and chose these weights.{weights}"
+        claim = "Top-1 of a linear probe on frozen features"
+        return Headline(percent(linear), claim, aside, notes, tiles)
+    claim = words.FACTS["loss"][0] + (f" on {words.images_of('val', n)}" if n else "")
+    shown = tiles.pop(words.FACTS["loss"][0], words.NOTHING)
+    return Headline(shown, claim, f"Trained without labels.{weights}", notes, tiles)
+
+
+# About the run -----------------------------------------------------------------------------------
+
+
+def _details(run: RunRecord, result: Classification | None) -> list[Block]:
+    size, chosen = run.config.get("image_size"), words.weights(run)
+    rows = {"Architecture": f"{words.family(run.model)}, {run.model}"}
+    if isinstance(size, (list, tuple)) and size:
+        rows["Input"] = f"images, {size[0]} x {size[-1]} pixels (height x width)"
+    if result is None:
+        rows["Output"] = "features; there is no head"
+    else:
+        rows["Classes"] = f"{len(result.per_class):,}"
+    rows |= facts(run, "parameters", "gmacs") | ({"Weights": chosen} if chosen else {})
+    licence = "not stated by the run: choose one before you share the model"
+    return _pairs(rows | {"Licence": licence})
+
+
+def _use(run: RunRecord, result: Classification | None) -> Text:
+    if result is None:
+        method = words.METHODS.get(run.objective, run.objective)
+        return Text(
+            f"The model turns images into features. It was trained without labels, by {method}: it "
+            "is to be fine-tuned on a task, or its features to be probed. It names no classes."
+        )
+    names = list(result.per_class)
+    return Text(
+        f"The model assigns an image to one of {count(len(names), 'class', 'classes')}: "
+        f"{words.first_of(names, LISTED)}. It gives one of them to any image, also to one that "
+        "shows none of them. Its figures hold for images like those it was measured on; for others "
+        "they are not known."
+    )
+
+
+def _data(run: RunRecord) -> list[Block]:
+    known = {
+        "Source": run.source or None,
+        "Fingerprint": run.environment.get("data_fingerprint"),
+        **facts(run, "bad_images"),
+        "Seed of the division and the order": run.config.get("seed"),
+    }
+    return _pairs({name: plain(value) for name, value in known.items() if value is not None})
+
+
+def _procedure(run: RunRecord, again: Sequence[Block]) -> list[Block]:
+    shown = {
+        f"{group}.{name}" if group else name: plain(value)
+        for group, name, value, _, changed in settings(run.config)
+        if value is not None
+        and (group in ("optim", "preprocess") or (changed and group in ("", "augment", "pretrain")))
+    }
+    lead = "Settings of the optimiser and the input, and all others that are not the default:"
+    taken = _pairs(facts(run, "seconds", "images_per_second", "exaflops"))
+    return [*taken, *again, Text(lead), *_pairs(shown, first="Setting")]
+
+
+def _runs(run: RunRecord) -> list[Block]:
+    rows = words.sweep_rows(run.sweep)
+    chosen = "The learning rate is chosen on held-out images, the runs after that are measured. "
+    lead = "The weights here, and the figures above and below, are those of run-0."
+    if run.sweep.get("rates"):
+        lead = chosen + lead
+    table = Table({"Run": "", "Top-1": "number", "Measured on": ""}, rows)
+    return [Text(lead, muted=True), table] if rows else []
+
+
+def _training(run: RunRecord, *, classifier: bool) -> list[Block]:
+    drawn = charts.curves(run, classifier=classifier)
+    if classifier:
+        remark = (
+            "The training loss is that of the augmented images and of the training objective, so "
+            "it may lie above the validation loss."
+        )
+    else:
+        loss = words.LOSSES.get(run.predicts, "")
+        remark = f"Loss: {loss}. On val the same patches are masked each time."
+    return _plots([*drawn, Text(remark, muted=True)]) if drawn else []
+
+
+def _predictions(run: RunRecord, pictures: bytes | None) -> list[Block]:
+    if pictures is None:
+        return []
+    hint = "Images, what the model saw of them, and what it predicts."
+    return [
+        Picture(lambda: pictures, hint, "paper"),
+        Text(words.predictions(run.predicts), muted=True),
+    ]
+
+
+def _inside(figures: Mapping[str, bytes]) -> list[Block]:
+    return _plots([Picture(lambda png=png: png, name, "paper") for name, png in figures.items()])
+
+
+def _cost(run: RunRecord) -> list[Block]:
+    waits = [finite(row.get("data_wait")) for row in run.metrics]
+    shares = [value for value in waits if value is not None and 0 <= value <= 1]
+    rows = facts(run, "seconds", "steps", "images_per_second", "evaluate_images_per_second")
+    if shares:
+        rows["Waiting for data"] = percent(float(np.mean(shares)), 1)
+    rows |= facts(run, "parameters", "gmacs", "exaflops")
+    return _plots([*_pairs(rows), *charts.speed(run)])
+
+
+def _configuration(run: RunRecord) -> list[Block]:
+    groups: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+    for group, name, value, default, changed in settings(run.config):
+        rows, defaults = groups.setdefault(group, ({}, {}))
+        rows[name] = plain(value)
+        if changed:
+            defaults[name] = plain(default)
+    tables = [
+        [Pairs(rows, title=group or "run", defaults=defaults)]
+        for group, (rows, defaults) in groups.items()
+    ]
+    lead = (
+        "Everything as it was resolved when the run began. Bold: not the default, which is given "
+        "below it."
+    )
+    return [Text(lead, muted=True), Group("groups", tables)]
+
+
+def _how(run: RunRecord, result: Classification | None) -> list[Block]:
+    path = json.dumps(str(run.path), ensure_ascii=False)
+    lead = [Text("It is a plain model without a head: fine-tune it, or measure its features.")]
+    use = [
+        f"model = patchword.load_model({path})",
+        "# normalised images [B, C, H, W] to features [B, D]",
+    ]
+    if result is not None:
+        lead, use = (
+            [],
+            [
+                f'for answer in patchword.predict({path}, ["photo.jpg"]):',
+                "    print(answer.path, answer.label, answer.probability)",
+            ],
+        )
+    python = [Text("In Python:"), Code(["import patchword", "", *use], "python")]
+    return [*lead, *python, Text("On the command line:"), Code(words.next_commands(run))]
+
+
+def _citation(run: RunRecord) -> list[Block]:
+    said = f"The architecture is that of the {words.family(run.model)}:"
+    return [Text(said), Code(CITATION.splitlines(), "bibtex")]
+
+
+# How good it is ----------------------------------------------------------------------------------
+
+
+def _evaluation(run: RunRecord, results: Results) -> list[Block]:
+    result = results.result
+    if result is None:
+        rows = facts(run, "loss", "knn", "linear")
+        return [Text("Measured on validation images."), *_pairs(rows, "Figure")] if rows else []
+    rows = {
+        figure.name: figure.say(value) + (f" ({figure.remark})" if figure.remark else "")
+        for figure, value in words.figures_of(result)
+    }
+    rows["Top-1 accuracy"] += f" (95 % interval {words.interval(result)})"
+    rows[words.FACTS["bad_images"][0]] = f"{result.skipped:,}"
+    number, lead = len(result.per_class), "Each class, lowest recall first:"
+    if number > LISTED:
+        lead = f"The ten of {number:,} classes with the lowest recall:"
+    return [
+        Text(f"Measured on {words.images_of(results.split, result.n)}."),
+        *_pairs(rows, "Figure"),
+        Text(lead),
+        _class_table(result, number if number <= LISTED else 10),
+    ]
+
+
+def _class_table(result: Classification, most: int, scroll: str = "") -> Table:
+    """Classes by rising recall, then by falling number of images; those without images last."""
+    ordered = sorted(
+        result.per_class.items(),
+        key=lambda item: (item[1]["recall"] is None, item[1]["recall"] or 0.0, -item[1]["n"]),
+    )
+    columns = {"Class": "", "Images": "number", "Recall": "meter", "Precision": "meter"}
+    rows = [(name, f"{row['n']:,}", row["recall"], row["precision"]) for name, row in ordered]
+    return Table(columns, rows[:most], scroll=scroll)
+
+
+def _of_classifier(result: Classification, mistakes: Sequence[Mistake]) -> list[Section]:
+    lead = (
+        "Lowest recall first. Recall: the share of a class's images that were recognised. "
+        "Precision: the share of the images given this class that belong to it."
+    )
+    table = _class_table(result, len(result.per_class), "Figures of each class")
+    return [
+        Section("classes", "Classes", [Text(lead, muted=True), table]),
+        Section("confusion", "Confusion", _confusion(result)),
+        Section("mistakes", "Mistakes", _mistakes(result, mistakes)),
+        Section("calibration", "Calibration", _calibration(result)),
+    ]
+
+
+def _confusion(result: Classification) -> list[Block]:
+    matrix, names = result.confusion(), list(result.per_class)
+    off, drawn = matrix.copy(), charts.confusion(result)
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:12]
+    rows = [
+        (names[true], names[said], f"{number:,}", percent(number / int(matrix[true].sum()), 1))
+        for true, said in zip(*np.unravel_index(order, off.shape), strict=True)
+        if (number := int(off[true, said]))
+    ]
+    if not rows:
+        return [drawn, Text("No image was confused with another class.", muted=True)]
+    columns = {"True": "", "Predicted": "name", "Images": "number", "Of class": "number extra"}
+    table = Table(columns, rows, "Most frequent confusions")
+    return [Group("beside", [[drawn], [table]])] if len(names) <= 12 else [drawn, table]
+
+
+def _mistakes(result: Classification, mistakes: Sequence[Mistake]) -> list[Block]:
+    wrong, images = int((result.labels != result.predicted).sum()), count(result.n, "image")
+    if not wrong:
+        return [Text(f"None: all {images} were classified rightly.")]
+    share = f"{count(wrong, 'mistake')} in {images}."
+    if not mistakes:
+        return [Text(share)]
+    lead = (
+        f"{share} Here are the {len(mistakes):,} in which the model was surest of its wrong "
+        "answer: look for wrong labels and for what it has overlooked."
+    )
+    return [Text(lead, muted=True), Gallery(mistakes)]
+
+
+def _calibration(result: Classification) -> list[Block]:
+    bins, error = len(result.reliability()[-1]), percent(result.ece)
+    sure = float(result.confidence.mean(dtype=np.float64))
+    gap = sure - result.top1
+    meaning = (
+        "Of the images the model is 80 % sure of, 80 % should be right. The expected calibration "
+        f"error, the mean distance from that over {bins} equal bins of confidence, is {error}."
+    )
+    lean = (
+        f"Mean confidence is {percent(sure)}, accuracy {percent(result.top1)}: the model is "
+        f"{'more' if gap > 0 else 'less'} sure than right by {percent(abs(gap))}."
+    )
+    said = [Text(meaning, strong=error), Text(lean)]
+    return [Group("beside", [[charts.reliability(result)], said])]
+
+
+def _pairs(rows: Mapping[str, str], first: str = "Item", title: str = "") -> list[Block]:
+    return [Pairs(rows, first, title)] if rows else []
+
+
+def _plots(blocks: Sequence[Block]) -> list[Block]:
+    return [Group("plots", [[block] for block in blocks])] if blocks else []
