@@ -1,4 +1,7 @@
-"""What a section is made of. The page shows every kind of block, the model card those of text."""
+"""What a section is made of. The page shows every kind of block, the model card those of text.
+
+What a block says comes first: where that is empty, the block is left out.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +26,27 @@ class Items(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Lines to be typed."""
+    """What is to be typed."""
 
-    lines: Sequence[str]
+    text: str
     language: str = "sh"
 
 
 class Pairs(NamedTuple):
-    """Names and values; `first` heads the names, `defaults` are those of values that differ."""
+    """Names and values; `defaults` are those of values that differ, `first` heads the names."""
 
     rows: Mapping[str, str]
+    defaults: Mapping[str, str] = {}
     first: str = "Item"
     title: str = ""
-    defaults: Mapping[str, str] = {}
 
 
 class Table(NamedTuple):
     """Rows under named columns, each with its kind: "" and "name" are text, "number", "number
     extra" (left out where there is little room), and "meter": fractions, drawn too, or None."""
 
-    columns: Mapping[str, str]
     rows: Sequence[Sequence[str | float | None]]
+    columns: Mapping[str, str]
     title: str = ""
     scroll: str = ""
     """what it shows, for a table so long that it scrolls"""
@@ -69,20 +72,14 @@ class Mistake(NamedTuple):
     thumbnail: Image
 
 
-class Gallery(NamedTuple):
-    """Thumbnails of mistakes."""
-
-    mistakes: Sequence[Mistake]
-
-
 class Group(NamedTuple):
     """Blocks side by side, where there is room."""
 
-    layout: Literal["plots", "beside", "groups"]
     parts: Sequence[Sequence[Block]]
+    layout: Literal["plots", "beside", "groups", "mistakes"] = "plots"
 
 
-Block = Text | Items | Code | Pairs | Table | Picture | Gallery | Group
+Block = Text | Items | Code | Pairs | Table | Picture | Mistake | Group
 
 
 class Section(NamedTuple):

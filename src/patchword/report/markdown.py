@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from patchword.report import words
 from patchword.report.blocks import Block, Code, Items, Pairs, Table, Text
@@ -24,39 +23,47 @@ def write_card(run: RunRecord, results: Results) -> Path:
     for section in sections(run, results):
         if section.card:
             body += [f"## {section.title}", *map(_block, section.blocks)]
-    text = f"---\n{_yaml(_front_matter(run, results))}\n---\n\n" + "\n\n".join(body) + "\n"
+    lines = ["---", *_front_matter(run, results), "---", "", "\n\n".join(body), ""]
     path = run.path / "MODEL_CARD.md"
-    replace_text(path, text.encode("utf-8", "replace").decode())
+    replace_text(path, "\n".join(lines).encode("utf-8", "replace").decode())
     return path
 
 
-def _front_matter(run: RunRecord, results: Results) -> dict[str, Any]:
-    result = results.result
-    task, learned = "image-feature-extraction", ["self-supervised", run.objective]
+def _front_matter(run: RunRecord, results: Results) -> list[str]:
+    """What the hub reads: a few lines of YAML."""
+    result, name = results.result, _quoted(run.data_name)
+    task, learned = "image-feature-extraction", f"self-supervised, {_quoted(run.objective)}"
     if result is not None:
-        task, learned = "image-classification", ["image-classification"]
-    matter = {
-        "library_name": "patchword",
-        "pipeline_tag": task,
-        "tags": [words.family(run.model).lower().replace(" ", "-"), *learned, "pytorch"],
-        **({"datasets": [run.data_name]} if run.from_hub else {}),
-    }
+        task = learned = "image-classification"
+    tag = words.family(run.model).lower().replace(" ", "-")
+    lines = ["library_name: patchword", f"pipeline_tag: {task}"]
+    lines.append(f"tags: [{tag}, {learned}, pytorch]")
+    if run.from_hub:
+        lines.append(f"datasets: [{name}]")
     if result is None:
-        return matter
-    measured = {
-        "task": {"type": task, "name": "Image classification"},
-        "dataset": {
-            "name": run.data_name,
-            "type": run.data_name if run.from_hub else "local",
-            "split": results.split,
-        },
-        "metrics": [
-            {"type": figure.metric, "name": figure.name, "value": value}
+        return lines
+    kind, split = name if run.from_hub else "local", _quoted(results.split)
+    return [
+        *lines,
+        "metrics: [accuracy]",
+        "model-index:",
+        f"- name: {_quoted(run.title)}",
+        "  results:",
+        "  - task: {type: image-classification, name: Image classification}",
+        f"    dataset: {{name: {name}, type: {kind}, split: {split}}}",
+        "    metrics:",
+        *(
+            f"    - {{type: {figure.metric}, name: {figure.name}, value: {value:.6f}}}"
             for figure, value in words.figures_of(result)
-        ],
-    }
-    index = [{"name": run.title, "results": [measured]}]
-    return matter | {"metrics": ["accuracy"], "model-index": index}
+        ),
+    ]
+
+
+def _quoted(text: str) -> str:
+    """A string in YAML; whatever that forbids or folds is escaped."""
+    text = text.encode("utf-8", "replace").decode().replace("\\", "\\\\").replace('"', '\\"')
+    special = r"[\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]"
+    return '"' + re.sub(special, lambda found: f"\\U{ord(found[0]):08x}", text) + '"'
 
 
 def _block(block: Block) -> str:
@@ -67,8 +74,8 @@ def _block(block: Block) -> str:
         case Items():
             return "\n".join(f"- {markdown(item)}" for item in block.items)
         case Code():
-            lines = [" ".join(line.splitlines()).replace("```", "` ` `") for line in block.lines]
-            return "\n".join([f"```{block.language}", *lines, "```"])
+            text = block.text.replace("```", "` ` `")
+            return f"```{block.language}\n{text}\n```"
         case Pairs():
             return _table({block.first: "", "Value": ""}, block.rows.items())
         case Table():
@@ -90,28 +97,3 @@ def markdown(text: str) -> str:
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", line)
-
-
-def _yaml(value: Mapping[str, Any] | Sequence[Any], indent: int = 0) -> str:
-    """Block YAML of nested dicts, lists, strings and numbers; every string in double quotes."""
-    pad = "  " * indent
-    if isinstance(value, Mapping):
-        return "\n".join(
-            f"{pad}{key}:\n{_yaml(item, indent + 1)}"
-            if isinstance(item, (Mapping, list))
-            else f"{pad}{key}: {_scalar(item)}"
-            for key, item in value.items()
-        )
-    return "\n".join(
-        f"{pad}- {_yaml(item, indent + 1).lstrip() if isinstance(item, Mapping) else _scalar(item)}"
-        for item in value
-    )
-
-
-def _scalar(value: str | float) -> str:
-    """A number, or a double-quoted string; whatever YAML forbids or folds is escaped."""
-    if not isinstance(value, str):
-        return f"{value:.6f}"
-    text = value.encode("utf-8", "replace").decode().replace("\\", "\\\\").replace('"', '\\"')
-    special = r"[\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]"
-    return '"' + re.sub(special, lambda found: f"\\U{ord(found[0]):08x}", text) + '"'

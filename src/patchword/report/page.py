@@ -16,7 +16,6 @@ from pathlib import Path
 from patchword.report.blocks import (
     Block,
     Code,
-    Gallery,
     Group,
     Headline,
     Items,
@@ -109,15 +108,15 @@ def _block(block: Block) -> str:
         case Items():
             return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in block.items)}</ul>"
         case Code():
-            return f"<pre><code>{escape(chr(10).join(block.lines))}</code></pre>"
+            return f"<pre><code>{escape(block.text)}</code></pre>"
         case Pairs():
             return _titled(block.title) + _pairs(block)
         case Table():
             return _titled(block.title) + _table(block)
         case Picture():
             return f"<figure>{_image(block.png(), 'png', block.hint, block.kind)}</figure>"
-        case Gallery():
-            return f'<ul class="mistakes">{"".join(map(_mistake, block.mistakes))}</ul>'
+        case Mistake():
+            return _mistake(block)
         case Group():
             parts = "".join(f"<div>{_html(part)}</div>" for part in block.parts)
             return f'<div class="{block.layout}">{parts}</div>'
@@ -168,14 +167,11 @@ def _mistake(mistake: Mistake) -> str:
     tiny = max(picture.size) <= 64
     picture.save(stream, "PNG" if tiny else "JPEG", **({} if tiny else {"quality": 85}))
     hint = f"{mistake.key}: {mistake.label}, taken for {mistake.predicted}"
-    rows = {
-        "true": mistake.label,
-        "said": mistake.predicted,
-        "sure": percent(mistake.probability, 1),
-    }
+    sure = percent(mistake.probability, 1)
+    rows = {"true": mistake.label, "said": mistake.predicted, "sure": sure}
     told = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in rows.items())
     drawn = _image(stream.getvalue(), "png" if tiny else "jpeg", hint, "tiny" if tiny else "")
-    return f'<li>{drawn}<dl>{told}</dl><span class="key">{escape(mistake.key)}</span></li>'
+    return f'{drawn}<dl>{told}</dl><span class="key">{escape(mistake.key)}</span>'
 
 
 def _image(content: bytes, form: str, hint: str, kind: str) -> str:

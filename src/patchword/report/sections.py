@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from patchword.report import charts, words
 from patchword.report.blocks import (
     Block,
     Code,
-    Gallery,
     Group,
     Headline,
     Items,
@@ -63,29 +63,32 @@ class Results:
 def sections(run: RunRecord, results: Results) -> list[Section]:
     """Those that have content, in order."""
     result = results.result
-    notes = [Items(said)] if (said := words.notes(run, result, results.split)) else []
+    notes = Items(words.notes(run, result, results.split))
     environment = {name: plain(value) for name, value in run.environment.items()}
-    again = [Code([results.reproduce])] if results.reproduce else []
+    again = Code(results.reproduce)
+    inside = [Picture(partial(bytes, png), name, "paper") for name, png in results.figures.items()]
+    cited = f"The architecture is that of the {words.family(run.model)}:"
     listed = [
-        Section("", "Model details", _details(run, result), card=True),
-        Section("", "Intended use and limits", [_use(run, result), *notes], card=True),
-        Section("", "Training data", _data(run), card=True),
+        Section("", "Model details", [_details(run, result)], card=True),
+        Section("", "Intended use and limits", [_use(run, result), notes], card=True),
+        Section("", "Training data", [_data(run)], card=True),
         Section("", "Training procedure", _procedure(run, again), card=True),
         Section("", "Evaluation", _evaluation(run, results), card=True),
         Section("runs", "Learning rates and runs", _runs(run), card=True),
-        Section("curves", "Training", _training(run, classifier=result is not None)),
+        Section("curves", "Training", _training(run, result)),
         *([] if result is None else _of_classifier(result, results.mistakes)),
         Section("predictions", "Predictions", _predictions(run, results.pictures)),
-        Section("inspection", "Inside the model", _inside(results.figures)),
+        Section("inspection", "Inside the model", [_row(*inside)]),
         Section("" if result else "next", "How to use", _how(run, result), card=True),
         Section("cost", "Speed and cost", _cost(run)),
         Section("configuration", "Configuration", _configuration(run)),
-        Section("reproduce", "Reproduce", [*again, *_pairs(environment, title="Environment")]),
-        Section("notes", "Notes", notes),
-        Section("", "Environment", _pairs(environment), card=True),
-        Section("", "Citation", _citation(run), card=True),
+        Section("reproduce", "Reproduce", [again, Pairs(environment, title="Environment")]),
+        Section("notes", "Notes", [notes]),
+        Section("", "Environment", [Pairs(environment)], card=True),
+        Section("", "Citation", [Text(cited), Code(CITATION, "bibtex")], card=True),
     ]
-    return [section for section in listed if section.blocks]
+    filled = [each._replace(blocks=[block for block in each.blocks if block[0]]) for each in listed]
+    return [section for section in filled if section.blocks]
 
 
 def headline(run: RunRecord, results: Results) -> Headline:
@@ -108,16 +111,17 @@ def headline(run: RunRecord, results: Results) -> Headline:
         aside = f"Trained without labels; they measured progress and chose these weights.{weights}"
         claim = "Top-1 of a linear probe on frozen features"
         return Headline(percent(linear), claim, aside, notes, tiles)
-    claim = words.FACTS["loss"][0] + (f" on {words.images_of('val', n)}" if n else "")
-    shown = tiles.pop(words.FACTS["loss"][0], words.NOTHING)
+    loss, _ = words.FACTS["loss"]
+    claim = f"{loss} on {words.images_of('val', n)}" if n else loss
+    shown = tiles.pop(loss, words.NOTHING)
     return Headline(shown, claim, f"Trained without labels.{weights}", notes, tiles)
 
 
 # About the run -----------------------------------------------------------------------------------
 
 
-def _details(run: RunRecord, result: Classification | None) -> list[Block]:
-    size, chosen = run.config.get("image_size"), words.weights(run)
+def _details(run: RunRecord, result: Classification | None) -> Pairs:
+    size = run.config.get("image_size")
     rows = {"Architecture": f"{words.family(run.model)}, {run.model}"}
     if isinstance(size, (list, tuple)) and size:
         rows["Input"] = f"images, {size[0]} x {size[-1]} pixels (height x width)"
@@ -125,9 +129,11 @@ def _details(run: RunRecord, result: Classification | None) -> list[Block]:
         rows["Output"] = "features; there is no head"
     else:
         rows["Classes"] = f"{len(result.per_class):,}"
-    rows |= facts(run, "parameters", "gmacs") | ({"Weights": chosen} if chosen else {})
-    licence = "not stated by the run: choose one before you share the model"
-    return _pairs(rows | {"Licence": licence})
+    rows |= facts(run, "parameters", "gmacs")
+    if chosen := words.weights(run):
+        rows["Weights"] = chosen
+    rows["Licence"] = "not stated by the run: choose one before you share the model"
+    return Pairs(rows)
 
 
 def _use(run: RunRecord, result: Classification | None) -> Text:
@@ -146,17 +152,17 @@ def _use(run: RunRecord, result: Classification | None) -> Text:
     )
 
 
-def _data(run: RunRecord) -> list[Block]:
+def _data(run: RunRecord) -> Pairs:
     known = {
         "Source": run.source or None,
         "Fingerprint": run.environment.get("data_fingerprint"),
         **facts(run, "bad_images"),
         "Seed of the division and the order": run.config.get("seed"),
     }
-    return _pairs({name: plain(value) for name, value in known.items() if value is not None})
+    return Pairs({name: plain(value) for name, value in known.items() if value is not None})
 
 
-def _procedure(run: RunRecord, again: Sequence[Block]) -> list[Block]:
+def _procedure(run: RunRecord, again: Code) -> list[Block]:
     shown = {
         f"{group}.{name}" if group else name: plain(value)
         for group, name, value, _, changed in settings(run.config)
@@ -164,45 +170,51 @@ def _procedure(run: RunRecord, again: Sequence[Block]) -> list[Block]:
         and (group in ("optim", "preprocess") or (changed and group in ("", "augment", "pretrain")))
     }
     lead = "Settings of the optimiser and the input, and all others that are not the default:"
-    taken = _pairs(facts(run, "seconds", "images_per_second", "exaflops"))
-    return [*taken, *again, Text(lead), *_pairs(shown, first="Setting")]
+    taken = Pairs(facts(run, "seconds", "images_per_second", "exaflops"))
+    return [taken, again, Text(lead), Pairs(shown, first="Setting")]
 
 
 def _runs(run: RunRecord) -> list[Block]:
     rows = words.sweep_rows(run.sweep)
-    chosen = "The learning rate is chosen on held-out images, the runs after that are measured. "
     lead = "The weights here, and the figures above and below, are those of run-0."
     if run.sweep.get("rates"):
-        lead = chosen + lead
-    table = Table({"Run": "", "Top-1": "number", "Measured on": ""}, rows)
+        chosen = "The learning rate is chosen on held-out images, the runs after that are measured."
+        lead = f"{chosen} {lead}"
+    table = Table(rows, {"Run": "", "Top-1": "number", "Measured on": ""})
     return [Text(lead, muted=True), table] if rows else []
 
 
-def _training(run: RunRecord, *, classifier: bool) -> list[Block]:
-    drawn = charts.curves(run, classifier=classifier)
-    if classifier:
-        remark = (
-            "The training loss is that of the augmented images and of the training objective, so "
-            "it may lie above the validation loss."
-        )
-    else:
+def _training(run: RunRecord, result: Classification | None) -> list[Block]:
+    drawn = charts.curves(run, classifier=result is not None)
+    remark = (
+        "The training loss is that of the augmented images and of the training objective, so it "
+        "may lie above the validation loss."
+    )
+    if result is None:
         loss = words.LOSSES.get(run.predicts, "")
         remark = f"Loss: {loss}. On val the same patches are masked each time."
-    return _plots([*drawn, Text(remark, muted=True)]) if drawn else []
+    return [_row(*drawn, Text(remark, muted=True))] if drawn else []
 
 
 def _predictions(run: RunRecord, pictures: bytes | None) -> list[Block]:
+    hint, said = "Images, what the model saw of them, and what it predicts.", run.predicts
     if pictures is None:
         return []
-    hint = "Images, what the model saw of them, and what it predicts."
-    return [
-        Picture(lambda: pictures, hint, "paper"),
-        Text(words.predictions(run.predicts), muted=True),
-    ]
+    drawn = Picture(partial(bytes, pictures), hint, "paper")
+    return [drawn, Text(words.predictions(said), muted=True)]
 
 
-def _inside(figures: Mapping[str, bytes]) -> list[Block]:
-    return _plots([Picture(lambda png=png: png, name, "paper") for name, png in figures.items()])
+def _how(run: RunRecord, result: Classification | None) -> list[Block]:
+    path, lead = json.dumps(str(run.path), ensure_ascii=False), ""
+    use = f'for answer in patchword.predict({path}, ["photo.jpg"]):'
+    use += "\n    print(answer.path, answer.label, answer.probability)"
+    if result is None:
+        lead = "It is a plain model without a head: fine-tune it, or measure its features."
+        use = f"model = patchword.load_model({path})"
+        use += "\n# normalised images [B, C, H, W] to features [B, D]"
+    commands = Code("\n".join(words.next_commands(run)))
+    python = Code(f"import patchword\n\n{use}", "python")
+    return [Text(lead), Text("In Python:"), python, Text("On the command line:"), commands]
 
 
 def _cost(run: RunRecord) -> list[Block]:
@@ -212,49 +224,22 @@ def _cost(run: RunRecord) -> list[Block]:
     if shares:
         rows["Waiting for data"] = percent(float(np.mean(shares)), 1)
     rows |= facts(run, "parameters", "gmacs", "exaflops")
-    return _plots([*_pairs(rows), *charts.speed(run)])
+    return [_row(Pairs(rows), *charts.speed(run))]
 
 
 def _configuration(run: RunRecord) -> list[Block]:
     groups: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
     for group, name, value, default, changed in settings(run.config):
-        rows, defaults = groups.setdefault(group, ({}, {}))
+        rows, defaults = groups.setdefault(group or "run", ({}, {}))
         rows[name] = plain(value)
         if changed:
             defaults[name] = plain(default)
-    tables = [
-        [Pairs(rows, title=group or "run", defaults=defaults)]
-        for group, (rows, defaults) in groups.items()
-    ]
     lead = (
         "Everything as it was resolved when the run began. Bold: not the default, which is given "
         "below it."
     )
-    return [Text(lead, muted=True), Group("groups", tables)]
-
-
-def _how(run: RunRecord, result: Classification | None) -> list[Block]:
-    path = json.dumps(str(run.path), ensure_ascii=False)
-    lead = [Text("It is a plain model without a head: fine-tune it, or measure its features.")]
-    use = [
-        f"model = patchword.load_model({path})",
-        "# normalised images [B, C, H, W] to features [B, D]",
-    ]
-    if result is not None:
-        lead, use = (
-            [],
-            [
-                f'for answer in patchword.predict({path}, ["photo.jpg"]):',
-                "    print(answer.path, answer.label, answer.probability)",
-            ],
-        )
-    python = [Text("In Python:"), Code(["import patchword", "", *use], "python")]
-    return [*lead, *python, Text("On the command line:"), Code(words.next_commands(run))]
-
-
-def _citation(run: RunRecord) -> list[Block]:
-    said = f"The architecture is that of the {words.family(run.model)}:"
-    return [Text(said), Code(CITATION.splitlines(), "bibtex")]
+    tables = [[Pairs(*rows, title=group)] for group, rows in groups.items()]
+    return [Text(lead, muted=True), Group(tables, "groups")]
 
 
 # How good it is ----------------------------------------------------------------------------------
@@ -264,7 +249,7 @@ def _evaluation(run: RunRecord, results: Results) -> list[Block]:
     result = results.result
     if result is None:
         rows = facts(run, "loss", "knn", "linear")
-        return [Text("Measured on validation images."), *_pairs(rows, "Figure")] if rows else []
+        return [Text("Measured on validation images."), Pairs(rows, first="Figure")] if rows else []
     rows = {
         figure.name: figure.say(value) + (f" ({figure.remark})" if figure.remark else "")
         for figure, value in words.figures_of(result)
@@ -274,23 +259,9 @@ def _evaluation(run: RunRecord, results: Results) -> list[Block]:
     number, lead = len(result.per_class), "Each class, lowest recall first:"
     if number > LISTED:
         lead = f"The ten of {number:,} classes with the lowest recall:"
-    return [
-        Text(f"Measured on {words.images_of(results.split, result.n)}."),
-        *_pairs(rows, "Figure"),
-        Text(lead),
-        _class_table(result, number if number <= LISTED else 10),
-    ]
-
-
-def _class_table(result: Classification, most: int, scroll: str = "") -> Table:
-    """Classes by rising recall, then by falling number of images; those without images last."""
-    ordered = sorted(
-        result.per_class.items(),
-        key=lambda item: (item[1]["recall"] is None, item[1]["recall"] or 0.0, -item[1]["n"]),
-    )
-    columns = {"Class": "", "Images": "number", "Recall": "meter", "Precision": "meter"}
-    rows = [(name, f"{row['n']:,}", row["recall"], row["precision"]) for name, row in ordered]
-    return Table(columns, rows[:most], scroll=scroll)
+    classes = _class_table(result, number if number <= LISTED else 10)
+    measured = f"Measured on {words.images_of(results.split, result.n)}."
+    return [Text(measured), Pairs(rows, first="Figure"), Text(lead), classes]
 
 
 def _of_classifier(result: Classification, mistakes: Sequence[Mistake]) -> list[Section]:
@@ -307,6 +278,17 @@ def _of_classifier(result: Classification, mistakes: Sequence[Mistake]) -> list[
     ]
 
 
+def _class_table(result: Classification, most: int, scroll: str = "") -> Table:
+    """Classes by rising recall, then by falling number of images; those without images last."""
+    ordered = sorted(
+        result.per_class.items(),
+        key=lambda item: (item[1]["recall"] is None, item[1]["recall"] or 0.0, -item[1]["n"]),
+    )
+    columns = {"Class": "", "Images": "number", "Recall": "meter", "Precision": "meter"}
+    rows = [(name, f"{row['n']:,}", row["recall"], row["precision"]) for name, row in ordered]
+    return Table(rows[:most], columns, scroll=scroll)
+
+
 def _confusion(result: Classification) -> list[Block]:
     matrix, names = result.confusion(), list(result.per_class)
     off, drawn = matrix.copy(), charts.confusion(result)
@@ -320,8 +302,8 @@ def _confusion(result: Classification) -> list[Block]:
     if not rows:
         return [drawn, Text("No image was confused with another class.", muted=True)]
     columns = {"True": "", "Predicted": "name", "Images": "number", "Of class": "number extra"}
-    table = Table(columns, rows, "Most frequent confusions")
-    return [Group("beside", [[drawn], [table]])] if len(names) <= 12 else [drawn, table]
+    table = Table(rows, columns, "Most frequent confusions")
+    return [Group([[drawn], [table]], "beside")] if len(names) <= 12 else [drawn, table]
 
 
 def _mistakes(result: Classification, mistakes: Sequence[Mistake]) -> list[Block]:
@@ -335,7 +317,7 @@ def _mistakes(result: Classification, mistakes: Sequence[Mistake]) -> list[Block
         f"{share} Here are the {len(mistakes):,} in which the model was surest of its wrong "
         "answer: look for wrong labels and for what it has overlooked."
     )
-    return [Text(lead, muted=True), Gallery(mistakes)]
+    return [Text(lead, muted=True), Group([[mistake] for mistake in mistakes], "mistakes")]
 
 
 def _calibration(result: Classification) -> list[Block]:
@@ -351,12 +333,8 @@ def _calibration(result: Classification) -> list[Block]:
         f"{'more' if gap > 0 else 'less'} sure than right by {percent(abs(gap))}."
     )
     said = [Text(meaning, strong=error), Text(lean)]
-    return [Group("beside", [[charts.reliability(result)], said])]
+    return [Group([[charts.reliability(result)], said], "beside")]
 
 
-def _pairs(rows: Mapping[str, str], first: str = "Item", title: str = "") -> list[Block]:
-    return [Pairs(rows, first, title)] if rows else []
-
-
-def _plots(blocks: Sequence[Block]) -> list[Block]:
-    return [Group("plots", [[block] for block in blocks])] if blocks else []
+def _row(*blocks: Block) -> Group:
+    return Group([[block] for block in blocks if block[0]])

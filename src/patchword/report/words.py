@@ -261,18 +261,16 @@ SPLITS = {
 
 
 def notes(run: RunRecord, result: Classification | None, split: str) -> list[str]:
-    """The notes on a classifier's result, or without one on a self-supervised run: a sentence or
-    two each."""
+    """A sentence or two each, on a classifier's result, or without one on the features."""
+    bad = int(run.number("bad_images") or 0)
     said = _of_features(run) if result is None else _of_figures(result, split)
-    said += _unread(run.number("bad_images"), "of the data", "skipped")
-    if result is not None:
-        rows = result.per_class.items()
-        missing = [name for name, row in rows if not row["n"]]
-        never = [name for name, row in rows if row["n"] and row["precision"] is None]
-        for names, what in ((missing, "without an image here"), (never, "never predicted")):
-            if names:
-                number = count(len(names), "class", "classes")
-                said.append(f"{number} {what}: {first_of(names, 5)}.")
+    said += [f"{_unread(bad, 'of the data ')} skipped."] if bad else []
+    rows = {} if result is None else result.per_class
+    missing = [name for name, row in rows.items() if not row["n"]]
+    never = [name for name, row in rows.items() if row["n"] and row["precision"] is None]
+    for names, what in ((missing, "without an image here"), (never, "never predicted")):
+        number = count(len(names), "class", "classes")
+        said += [f"{number} {what}: {first_of(names, 5)}."] if names else []
     if run.environment.get("git_dirty") is True:
         said.append("The code had changes that were not committed: the commit does not show them.")
     return said
@@ -285,25 +283,24 @@ def _of_figures(result: Classification, split: str) -> list[str]:
             f"Only {count(result.n, 'image')}: chance alone moves the accuracy between "
             f"{interval(result, 'and')} (Wilson 95 % interval)."
         )
-    return said + _unread(result.skipped, "", "left out of the figures")
+    if result.skipped:
+        said.append(f"{_unread(result.skipped)} left out of the figures.")
+    return said
 
 
 def _of_features(run: RunRecord) -> list[str]:
     probed = run.number("linear") is not None
+    said = "No image was held out: nothing says how well the model does on new ones."
     if run.number("n"):
-        by = "a linear probe" if probed else "the loss"
         said = (
-            f"Measured on validation images, which also chose the best weights by {by}: the "
-            "figures are a little optimistic. No test image was looked at."
+            "Measured on validation images, which also chose the best weights by "
+            f"{'a linear probe' if probed else 'the loss'}: the figures are a little optimistic. "
+            "No test image was looked at."
         )
-    else:
-        said = "No image was held out: nothing says how well the model does on new ones."
     unknown = "Without labels nothing tells what the features are worth for a task."
     return [said] if probed else [said, unknown]
 
 
-def _unread(number: float | None, of: str, done: str) -> list[str]:
-    if not number:
-        return []
-    images = " ".join(filter(None, [count(number, "image"), of]))
-    return [f"{images} could not be read and {'was' if number == 1 else 'were'} {done}."]
+def _unread(number: int, of: str = "") -> str:
+    verb = "was" if number == 1 else "were"
+    return f"{count(number, 'image')} {of}could not be read and {verb}"
