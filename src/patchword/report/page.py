@@ -13,19 +13,8 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from patchword.report.blocks import (
-    Block,
-    Code,
-    Group,
-    Headline,
-    Items,
-    Mistake,
-    Pairs,
-    Picture,
-    Section,
-    Table,
-    Text,
-)
+from patchword.report import blocks
+from patchword.report.blocks import Block, Headline, Mistake, Section
 from patchword.report.record import RunRecord
 from patchword.report.sections import Results, headline, sections
 from patchword.report.words import count, percent
@@ -93,31 +82,31 @@ def _section(section: Section) -> str:
     )
 
 
-def _html(blocks: Sequence[Block]) -> str:
-    return "\n".join(map(_block, blocks))
+def _html(content: Sequence[Block]) -> str:
+    return "\n".join(map(_block, content))
 
 
 def _block(block: Block) -> str:
     match block:
-        case Text():
+        case blocks.Text():
             strong, kind = escape(block.strong), " class=muted" if block.muted else ""
             text = escape(block.text)
             if strong:
                 text = text.replace(strong, f"<strong>{strong}</strong>", 1)
             return f"<p{kind}>{text}</p>"
-        case Items():
+        case blocks.Items():
             return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in block.items)}</ul>"
-        case Code():
+        case blocks.Code():
             return f"<pre><code>{escape(block.text)}</code></pre>"
-        case Pairs():
+        case blocks.Pairs():
             return _titled(block.title) + _pairs(block)
-        case Table():
+        case blocks.Table():
             return _titled(block.title) + _table(block)
-        case Picture():
+        case blocks.Picture():
             return f"<figure>{_image(block.png(), 'png', block.hint, block.kind)}</figure>"
-        case Mistake():
+        case blocks.Mistake():
             return _mistake(block)
-        case Group():
+        case blocks.Group():
             parts = "".join(f"<div>{_html(part)}</div>" for part in block.parts)
             return f'<div class="{block.layout}">{parts}</div>'
 
@@ -126,7 +115,7 @@ def _titled(title: str) -> str:
     return f"<h3>{escape(title)}</h3>" if title else ""
 
 
-def _pairs(block: Pairs) -> str:
+def _pairs(block: blocks.Pairs) -> str:
     rows = ""
     for name, value in block.rows.items():
         default = block.defaults.get(name)
@@ -137,7 +126,7 @@ def _pairs(block: Pairs) -> str:
     return f'<table class="pairs"><tbody>{rows}</tbody></table>'
 
 
-def _table(block: Table) -> str:
+def _table(block: blocks.Table) -> str:
     kinds = [f' class="{kind}"' if kind else "" for kind in block.columns.values()]
     names = zip(block.columns, kinds, strict=True)
     head = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in names)

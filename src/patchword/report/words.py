@@ -183,9 +183,9 @@ def family(model: str) -> str:
 
 def weights(run: RunRecord) -> str:
     """`"averaged weights, step 2,000"`, as far as the summary says; else empty."""
-    kinds = {"raw": "raw weights", "average": "averaged weights"}
-    kind, step = kinds.get(str(run.summary.get("best_weights"))), run.number("best_step")
-    return ", ".join(filter(None, [kind, None if step is None else f"step {whole(step)}"]))
+    kinds, step = {"raw": "raw weights", "average": "averaged weights"}, run.number("best_step")
+    kind = kinds.get(str(run.summary.get("best_weights")), "")
+    return ", ".join(filter(None, [kind, "" if step is None else f"step {whole(step)}"]))
 
 
 # Runs without labels -----------------------------------------------------------------------------
