@@ -124,7 +124,7 @@ FIGURES = (
     ),
     Figure("loss", "loss", "Loss", "loss", "per image", four_places),
     Figure("ece", "calibration error", "Expected calibration error", "ece", "15 equal-width bins"),
-    Figure("brier", "Brier score", "Brier score", "brier", "less is better", four_places),
+    Figure("brier", "Brier", "Brier score", "brier", "less is better", four_places),
 )
 
 
