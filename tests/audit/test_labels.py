@@ -46,7 +46,7 @@ def test_typos(a: str, b: str, why: str):
         "0123456789",
         ["n01440764", "n01443537", "n01440765"],
         ["class_1", "class_2", "class_11"],
-        ["cat", "car", "bat", "dog", "deer", "bird", "frog"],
+        ["cat", "car", "bat", "dog", "deer", "bird", "frog", "lion", "loon", "moth"],
         ["tulips", "lilies"],
         ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
     ],

@@ -185,6 +185,24 @@ def test_images_differ_between_epochs_and_seeds(source):
     assert not torch.equal(key(one), key(three))
 
 
+class Drawing:
+    """A transform to one pixel of three random numbers."""
+
+    image_size, channels, random = (1, 1), 3, True
+
+    def __call__(self, data, rng=None):
+        return np.array([rng.randrange(256) for _ in range(3)], np.uint8).reshape(3, 1, 1)
+
+
+def test_each_image_of_each_epoch_has_draws_of_its_own(source):
+    plan = Plan(np.arange(13), 13, 3)
+    options = {"start": 0, "stop": 2, "workers": 0, "seed": 3, "on_bad": "skip"}
+    pixels = torch.cat(
+        [batch.images for batch in train_batches(source, plan, Drawing(), **options)]
+    )
+    assert len(pixels.view(-1, 3).unique(dim=0)) == 26
+
+
 @pytest.mark.parametrize("size", [1, 4, 5, 13, 20])
 def test_evaluation_keeps_the_order_and_the_last_images(source, size):
     batches = evaluate(source, batch_size=size)

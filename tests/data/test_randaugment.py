@@ -69,6 +69,38 @@ def test_translation_and_cutout_sizes():
         assert 40 * 20 <= int((cut == 128).sum()) <= 80 * 40
 
 
+def test_shapes_change_both_ways_and_as_far_as_they_say(photo):
+    image, grey = photo(40, 30), (128, 128, 128)
+    shift_y = 100 / 224 * image.height
+    wanted = {"rotate": {image.rotate(a, fillcolor=grey).tobytes() for a in (30, -30)}}
+    for name, matrix in {
+        "shear_x": lambda sign: (1, 0.3 * sign, 0, 0, 1, 0),
+        "shear_y": lambda sign: (1, 0, 0, 0.3 * sign, 1, 0),
+        "translate_y": lambda sign: (1, 0, 0, 0, 1, shift_y * sign),
+    }.items():
+        wanted[name] = {
+            image.transform(
+                image.size, Image.Transform.AFFINE, matrix(sign), fillcolor=grey
+            ).tobytes()
+            for sign in (1, -1)
+        }
+    for name, results in wanted.items():
+        drawn = {OPERATIONS[name](image, 1.0, random.Random(s)).tobytes() for s in range(20)}
+        assert drawn == results, name
+
+
+def test_all_operations_are_drawn_alike(monkeypatch):
+    drawn: list[tuple[str, float]] = []
+    for name in OPERATIONS:
+        monkeypatch.setitem(
+            OPERATIONS, name, lambda image, m, rng, name=name: drawn.append((name, m)) or image
+        )
+    randaugment(Image.new("L", (1, 1)), 3200, 15.0, random.Random(0))
+    counts = {name: drawn.count((name, 1.5)) for name in OPERATIONS}
+    assert sum(counts.values()) == 3200
+    assert 150 < min(counts.values()) <= max(counts.values()) < 250
+
+
 def test_layers_and_seeds(photo):
     image = photo(20, 20)
     assert randaugment(image, 0, 10.0, random.Random(0)).tobytes() == image.tobytes()

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patchword.data.sources import open_source
-from patchword.data.splits import divide, drawn, load_division, save_division
+from patchword.data.splits import divide, drawn, hold_out, load_division, save_division
 from patchword.spec.data import DataSpec
 from patchword.spec.parse import PatchwordError
 
@@ -66,6 +66,14 @@ def test_a_share_is_drawn_of_each_class(labels, count, seed):
             wanted = share * int((values == k).sum())
             assert abs(int((everything[chosen] == k).sum()) - max(1, wanted)) <= 1 + 1e-9
     assert np.array_equal(chosen, drawn(everything, indices, count, seed))
+
+
+def test_the_largest_remainders_are_rounded_up():
+    """A tenth of 6, 14 and 10 images is 0.6, 1.4 and 1: three in all."""
+    labels = np.repeat([0, 1, 2], [6, 14, 10])
+    for seed in range(5):
+        _, (held,) = hold_out(labels, np.arange(30), [0.1], seed)
+        assert np.bincount(labels[held]).tolist() == [1, 1, 1]
 
 
 def test_seeds_differ(labelled):

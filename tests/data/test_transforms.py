@@ -113,6 +113,17 @@ def test_inception_areas_are_uniform():
     assert abs(aspects.mean()) < 0.012
 
 
+def test_inception_aspects_are_log_uniform():
+    """Width over height, as large as it is small by its logarithm."""
+    rng = random.Random(0)
+    spec = AugmentSpec(crop_area=(0.05, 0.1), crop_aspect=(1.0, 4.0))
+    boxes = [inception_box(1000, 1000, spec=spec, rng=rng) for _ in range(2000)]
+    aspects = np.array([math.log((r - x) / (b - y)) for x, y, r, b in boxes])
+    assert aspects.min() > -0.01
+    # The standard error of a mean of 2,000 draws is 0.009; a plain uniform aspect has 0.85.
+    assert abs(aspects.mean() - math.log(2)) < 0.04
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_training_transform_is_a_function_of_its_seed(photo, encode, channels):
     data = encode(photo(60, 80))
@@ -140,9 +151,10 @@ def test_without_random_parts_training_equals_evaluation(photo, encode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalisation(channels, values, used, dtype):
     images = torch.randint(0, 256, (4, channels, 5, 6), dtype=torch.uint8)
-    result = to_input(images, PreprocessSpec(mean=values, std=values), dtype)
+    spread = tuple(2 * value for value in values)
+    result = to_input(images, PreprocessSpec(mean=values, std=spread), dtype)
     centre = torch.tensor(used).view(1, -1, 1, 1)
-    expected = (images / 255 - centre) / centre
+    expected = (images / 255 - centre) / (2 * centre)
     assert result.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=1e-2)
@@ -308,6 +320,7 @@ def test_erasing_fills_boxes_with_noise():
     assert targets is labels
     assert 90 < int(touched.sum()) < 210
     assert share.max() < 0.36  # sides are rounded to whole pixels
+    assert 0.13 < float(share[touched].mean()) < 0.19  # long boxes are cut off at the edges
     for mask in erased[touched]:
         rows, columns = mask.any(1), mask.any(0)
         assert int(mask.sum()) == int(rows.sum()) * int(columns.sum())

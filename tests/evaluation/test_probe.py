@@ -12,8 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from patchword.evaluation import probe
 from patchword.evaluation.linear import accuracy, cross_entropy
-from patchword.evaluation.probe import fit_logistic, knn, sweep_logistic
+from patchword.evaluation.probe import GRID, fit_logistic, knn, sweep_logistic
 from patchword.spec.parse import PatchwordError
 
 Clusters = Callable[..., tuple[Tensor, Tensor]]
@@ -120,17 +121,38 @@ def test_sweep_takes_the_best_on_the_development_set(clusters: Clusters):
     train, val = slice(0, 60), slice(60, 400)
     grid = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
     args = (features[train], labels[train], features[val], labels[val])
-    probe = sweep_logistic(*args, 5, l2=grid)
-    rows = {l2: (share, loss) for l2, share, loss in probe.table}
-    assert probe.l2 == max(rows, key=lambda l2: (rows[l2][0], -rows[l2][1]))
-    assert rows[probe.l2] == (probe.accuracy, probe.loss)
-    assert accuracy(probe.weight, probe.bias, *args[2:]) == probe.accuracy
-    assert cross_entropy(probe.weight, probe.bias, *args[2:]) == pytest.approx(probe.loss)
+    best = sweep_logistic(*args, 5, l2=grid)
+    rows = {l2: (share, loss) for l2, share, loss in best.table}
+    assert best.l2 == max(rows, key=lambda l2: (rows[l2][0], -rows[l2][1]))
+    assert rows[best.l2] == (best.accuracy, best.loss)
+    assert accuracy(best.weight, best.bias, *args[2:]) == best.accuracy
+    assert cross_entropy(best.weight, best.bias, *args[2:]) == pytest.approx(best.loss)
     for l2, (share, loss) in rows.items():  # as if fitted alone
         head = fit_logistic(*args[:2], 5, l2)
         assert accuracy(*head, *args[2:]) == pytest.approx(share, abs=0.006)
         assert cross_entropy(*head, *args[2:]) == pytest.approx(loss, rel=2e-3)
-    assert min(loss for _, loss in rows.values()) < probe.table[0][2]
+    assert min(loss for _, loss in rows.values()) < best.table[0][2]
+
+
+def test_the_path_ends_after_four_in_a_row_that_are_worse(
+    clusters: Clusters, monkeypatch: pytest.MonkeyPatch
+):
+    """Three are not enough: the best may come after them, and then it is taken."""
+    shares = [0.5, 0.4, 0.4, 0.4, 0.6, 0.5, 0.5, 0.5, 0.5, 0.9]
+    losses = [1.0, 1.2, 1.3, 1.4, 0.9, 1.2, 1.3, 1.4, 1.5, 0.1]
+    heads: list[Tensor] = []
+
+    def share(weight: Tensor, *_: Tensor) -> float:
+        heads.append(weight)
+        return shares[len(heads) - 1]
+
+    monkeypatch.setattr(probe, "accuracy", share)
+    monkeypatch.setattr(probe, "cross_entropy", lambda *_: losses[len(heads) - 1])
+    features, labels = clusters(30, 4, 3)
+    found = sweep_logistic(features, labels, features, labels, 3)
+    assert found.table == tuple(zip(GRID[:9], shares[:9], losses[:9], strict=True))
+    assert (found.l2, found.accuracy, found.loss) == (GRID[4], 0.6, 0.9)
+    assert torch.equal(found.weight, heads[4])
 
 
 def test_what_is_not_a_problem_to_solve(clusters: Clusters):

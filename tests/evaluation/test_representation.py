@@ -100,6 +100,14 @@ def test_probes_find_what_the_features_tell():
     assert blind["knn"] < 0.7
 
 
+def test_probes_learn_from_the_support_alone():
+    """Whose labels contradict those that they are asked for."""
+    (known, labels), (asked, wanted) = planted(60, 1), planted(30, 2)
+    given = Labelled(passes(known, (labels + 1) % 3), passes(asked, wanted), 3)
+    found = evaluator(asked, wanted, lambda forward, x: x.mean(), given)(flat)
+    assert found["knn"] == found["linear"] == 0.0
+
+
 def test_what_cannot_be_read_is_left_out_of_the_probes():
     (known, labels), (asked, wanted) = planted(40, 1), planted(20, 2)
     known[5], asked[3] = 255, 255

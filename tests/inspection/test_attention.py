@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchword.inspection import recorder
+from patchword.inspection import attention, recorder
 from patchword.inspection.attention import (
     attention_distance,
     attention_entropy,
@@ -244,6 +244,18 @@ def test_measures_are_those_of_the_recorded_attention(random_vit: Make) -> None:
         np.testing.assert_allclose(attention_distance(model, images)[layer], distance, 1e-5)
         entropy = -(weights * weights.log()).sum(-1).mean((0, 2)).numpy()
         np.testing.assert_allclose(attention_entropy(model, images)[layer], entropy, 1e-5)
+
+
+def test_images_on_which_a_head_looks_at_no_patch_do_not_count(
+    random_vit: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a head that does so on all of them have a distance."""
+    weights = torch.full((2, 2, 16, 16), 1 / 16)
+    weights[0, 0] = weights[:, 1] = torch.eye(16)[0]  # all to the class token
+    monkeypatch.setattr(attention, "attention_layers", lambda model, images: [weights])
+    model = random_vit()
+    found = attention_distance(model, images_for(model, 2))
+    np.testing.assert_allclose(found, [[slow_distances(GRID, PATCH).mean(), math.nan]], 1e-6)
 
 
 def test_a_hybrids_patches_are_as_wide_as_in_the_image(random_vit: Make) -> None:

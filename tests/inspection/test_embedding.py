@@ -117,6 +117,14 @@ def grid_pairs(rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
     return np.abs(y - v), np.abs(x - u)
 
 
+def test_half_the_longest_distance_is_far() -> None:
+    """Of three patches in a row the neighbours are just as far as that."""
+    _, across = grid_pairs(1, 3)
+    found = position_structure(1.0 - across)
+    assert found.neighbour == 0
+    assert found.far == pytest.approx((4 * 0 + 2 * -1) / 6)
+
+
 def test_structure_of_rows_and_of_columns() -> None:
     down, across = grid_pairs(4, 6)
     rows = position_structure((down == 0).astype(float))

@@ -280,6 +280,8 @@ def test_the_yardstick_is_the_same_for_deletion_and_insertion(random_vit: Make) 
     (one,) = explain_class(model, images, classes)
     chance = one.curves["random"]
     np.testing.assert_allclose(chance.deletion, chance.insertion[::-1])
+    whole, blank = (one.curves["rollout"].deletion[at] for at in (0, -1))
+    assert chance.insertion[[0, -1]] == pytest.approx([blank, whole])
     assert one.scores["random"][0] == pytest.approx(one.scores["random"][1])
     (other,) = explain_class(model, images, classes, seed=1)
     assert other.scores["random"] != one.scores["random"]

@@ -18,7 +18,7 @@ from patchword import UsageError, load_model
 from patchword.data.sources import open_source
 from patchword.data.splits import load_division
 from patchword.data.unlabelled import open_images
-from patchword.evaluation.probe import sweep_logistic
+from patchword.evaluation.probe import fit_logistic, sweep_logistic
 from patchword.run import folder as runs
 from patchword.run import settle as starting
 from patchword.run.inputs import Inputs
@@ -27,7 +27,9 @@ from patchword.spec.parse import Interrupted, PatchwordError, parse
 from patchword.spec.train import TrainSpec
 from patchword.training.log import read_lines
 from patchword.training.loop import Run
+from patchword.training.optim import learning_rate
 from patchword.training.recipes import base_spec
+from patchword.training.trainer import Trainer
 
 Command = Callable[..., tuple[int, str, str]]
 SETTINGS: dict[str, Any] = {"batch_size": 8, "workers": 0, "precision": "float32"}
@@ -66,23 +68,30 @@ def test_a_head_alone_is_the_logistic_regression(train: Any, photos: Path, tmp_p
 
 
 def test_without_a_val_part_the_head_is_fitted_to_all(
-    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its regulariser is chosen on images that the sweep does not fit."""
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, float]] = []
     real = starting.sweep_logistic
 
     def spy(features: Any, labels: Any, val: Any, *rest: Any) -> Any:
-        seen.append((len(features), len(val)))
-        return real(features, labels, val, *rest)
+        found = real(features, labels, val, *rest)
+        seen.append((len(features), len(val), found.l2))
+        return found
 
     monkeypatch.setattr(starting, "sweep_logistic", spy)
     train(tmp_path / "run", recipe="head", val_fraction=0.0)
-    ((fitted, held),) = seen
+    ((fitted, held, l2),) = seen
     division = json.loads((tmp_path / "run" / "splits.json").read_text())
     assert 0 < held < fitted
     assert division["val"] == []
     assert fitted + held in (len(division["train"]), len(division["train"]) - 1)  # one is broken
+    model, source = load_model(tmp_path / "run"), open_source(str(photos))
+    at = load_division(tmp_path / "run" / "splits.json", source)["train"]
+    every = extract(model, source, at, device="cpu", cache=False)
+    weight, _ = fit_logistic(every.pooled, every.labels, 3, l2)
+    assert model.head is not None
+    torch.testing.assert_close(model.head.weight.double(), weight, rtol=1e-4, atol=1e-5)
 
 
 def test_training_never_returns_less_than_the_head(train: Any, tmp_path: Path):
@@ -296,6 +305,29 @@ def test_trials_are_real_and_leave_the_model_as_it_is(train: Any, tmp_path: Path
     tried, given = (load_model(tmp_path / name / "last") for name in ("tried", "given"))
     for name, value in tried.state_dict().items():
         assert torch.equal(value, given.state_dict()[name]), name
+
+
+def test_a_trial_is_a_short_run_with_its_own_schedule(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From the warm-up to the end of the decay, in as many steps as it has."""
+    rates: list[float] = []
+    real = Trainer.step
+
+    def step(self: Trainer, inputs: Any, targets: Any, lr: float) -> tuple[float, float]:
+        rates.append(lr)
+        return real(self, inputs, targets, lr)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    train(tmp_path / "run", steps=1, rates=(1e-4, 1e-3), warmup=2)
+    optim = config(tmp_path / "run").optim
+    wanted = [
+        learning_rate(at, 5, dataclasses.replace(optim, lr=rate))
+        for rate in (1e-4, 1e-3)
+        for at in range(5)
+    ]
+    assert rates[:10] == wanted
+    assert wanted[0] < wanted[1] > wanted[4]
 
 
 def test_a_given_rate_is_not_tried_against_others(

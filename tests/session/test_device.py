@@ -95,6 +95,23 @@ def test_refresh_takes_over_the_masters_weights():
         assert torch.equal(mine, master.bfloat16())
 
 
+def test_weights_that_do_not_train_are_taken_over_when_asked():
+    """As when a checkpoint is read; after an update they are what they were."""
+    model, _, _ = trained()
+    model.patch_embedding.requires_grad_(False)
+    working = Working(model, torch.bfloat16)
+    before = working.module.patch_embedding.weight.clone()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    working.refresh()
+    assert torch.equal(working.module.patch_embedding.weight, before)
+    assert torch.equal(working.module.norm.weight, model.norm.weight.bfloat16())
+    working.refresh(frozen=True)
+    for mine, master in zip(working.module.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, master.bfloat16())
+
+
 def test_small_updates_are_not_lost():
     """A change below bfloat16's resolution stays in the master and shows once it has grown."""
     model, _, _ = trained()

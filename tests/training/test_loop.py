@@ -1,5 +1,6 @@
 """The parts of the loop; whole runs are in tests/faults."""
 
+import math
 import signal
 import time
 
@@ -64,6 +65,28 @@ def test_draws_depend_on_the_position_alone():
         losses.append(trainer.step(images, targets, 0.0))
     trainer.progress.position = 6
     assert losses[0] == losses[1] != trainer.step(images, targets, 0.0)
+
+
+def test_micro_batches_drop_different_units():
+    """Equal images in two of them."""
+    trainer = trainer_of(accumulate=2, lr=1e-3)
+    torch.nn.init.normal_(trainer.model.head.weight)
+    logits = []
+    trainer.model.register_forward_hook(lambda *given: logits.append(given[-1].detach()))
+    image = torch.randn(1, 3, 8, 8)
+    trainer.step(torch.cat([image, image]), torch.tensor([1, 1]), 0.0)
+    first, second = logits
+    assert not torch.equal(first, second)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_changes_nothing():
+    trainer = trainer_of(lr=1e-3)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.model.head.bias.register_hook(lambda gradient: gradient * math.inf)
+    loss, norm = trainer.step(torch.randn(4, 3, 8, 8), torch.arange(4), 0.1)
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)
+    assert all(torch.equal(*pair) for pair in zip(trainer.model.parameters(), before, strict=True))
 
 
 def test_state_is_restored_bit_for_bit(tmp_path):

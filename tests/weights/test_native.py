@@ -121,6 +121,23 @@ def test_a_swapped_header_is_found(tmp_path: Path, scattered: Make):
     assert file.classes[:2] == ("cat", "dog")
 
 
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [(b'"shape":[2,3]', b'"shape":[3,2]'), (b'"dtype":"F32"', b'"dtype":"I32"')],
+)
+def test_tensors_that_are_read_in_another_way_are_found(
+    tmp_path: Path, said: bytes, instead: bytes
+):
+    """Their bytes are as they were: shapes and dtypes count too."""
+    path = tmp_path / "some.safetensors"
+    save_tensors(path, {"some": torch.randn(2, 3)}, {})
+    whole = path.read_bytes()
+    assert whole.count(said) == 1
+    path.write_bytes(whole.replace(said, instead))
+    with pytest.raises(PatchwordError, match="damaged: its checksum does not match"):
+        load_tensors(path)
+
+
 def test_files_that_hold_no_model_of_ours_are_named_as_such(tmp_path: Path):
     foreign = tmp_path / "timm.safetensors"
     save_file({"cls_token": torch.zeros(1, 1, 8)}, foreign, metadata={"format": "pt"})
