@@ -55,8 +55,8 @@ class Mutant:
     @property
     def folder(self) -> str:
         """The part of the package that it is in."""
-        parts = Path(self.file).parts
-        return parts[2] if len(parts) > 3 else parts[-1]
+        inside = self.file.removeprefix("src/patchword/")
+        return inside.partition("/")[0]
 
     def __str__(self) -> str:
         return f"{self.file}: {shorter(self.old)} -> {shorter(self.new)}"
@@ -147,7 +147,7 @@ def show(outcomes: list[tuple[Mutant, str]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help="those whose line has this")
     only = parser.parse_args().only
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}

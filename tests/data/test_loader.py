@@ -191,6 +191,7 @@ class Drawing:
     image_size, channels, random = (1, 1), 3, True
 
     def __call__(self, data, rng=None):
+        assert rng is not None
         return np.array([rng.randrange(256) for _ in range(3)], np.uint8).reshape(3, 1, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_probes_learn_from_some_of_train_and_are_measured_on_some_of_val(
 def test_images_that_cannot_be_read_are_named_once(caplog: pytest.LogCaptureFixture):
     inputs = inputs_of()
     batch = next(inputs.passes("val", np.arange(3))())
-    bad = type(batch)(**(vars(batch) | {"bad": ((1, "torn"),)}))
+    bad = dataclasses.replace(batch, bad=((1, "torn"),))
     for _ in range(2):
         inputs.note_bad(bad)
     assert inputs.bad == {1: "torn"}

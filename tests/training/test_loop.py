@@ -70,6 +70,7 @@ def test_draws_depend_on_the_position_alone():
 def test_micro_batches_drop_different_units():
     """Equal images in two of them."""
     trainer = trainer_of(accumulate=2, lr=1e-3)
+    assert trainer.model.head is not None
     torch.nn.init.normal_(trainer.model.head.weight)
     logits = []
     trainer.model.register_forward_hook(lambda *given: logits.append(given[-1].detach()))
@@ -82,6 +83,7 @@ def test_micro_batches_drop_different_units():
 def test_an_infinite_gradient_of_a_finite_loss_changes_nothing():
     trainer = trainer_of(lr=1e-3)
     before = [p.detach().clone() for p in trainer.model.parameters()]
+    assert trainer.model.head is not None
     trainer.model.head.bias.register_hook(lambda gradient: gradient * math.inf)
     loss, norm = trainer.step(torch.randn(4, 3, 8, 8), torch.arange(4), 0.1)
     assert math.isfinite(loss)
