@@ -81,6 +81,8 @@ def test_few_shot_accuracies(clusters: Clusters):
     assert len(set(found[1].per_seed)) > 1  # the seed chooses the images
     again = few_shot_accuracies(features[keep], labels[keep], *queries, 4, shots=(5,), seeds=2)
     assert again[5].per_seed == found[5].per_seed[:2]
+    exactly = few_shot_accuracies(features[keep], labels[keep], *queries, 4, shots=(7, 8), seeds=1)
+    assert [row.short for row in exactly.values()] == [0, 1]
     everything = few_shot_accuracies(
         features[keep], labels[keep], *queries, 4, shots=(1000,), seeds=1
     )
