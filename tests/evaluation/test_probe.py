@@ -138,7 +138,7 @@ def test_the_path_ends_after_four_in_a_row_that_are_worse(
     clusters: Clusters, monkeypatch: pytest.MonkeyPatch
 ):
     """Three are not enough: the best may come after them, and then it is taken."""
-    shares = [0.5, 0.4, 0.4, 0.4, 0.6, 0.5, 0.5, 0.5, 0.5, 0.9]
+    shares = [0.5, 0.4, 0.4, 0.4, 0.6, 0.6, 0.5, 0.5, 0.5, 0.9]  # of equals the lower loss
     losses = [1.0, 1.2, 1.3, 1.4, 0.9, 1.2, 1.3, 1.4, 1.5, 0.1]
     heads: list[Tensor] = []
 
