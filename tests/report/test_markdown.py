@@ -111,3 +111,35 @@ def test_any_name_of_the_data_survives_yaml_and_html(
 )
 def test_markdown_is_escaped(text: str, expected: str) -> None:
     assert markdown(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "title", "tag", "cited"),
+    [
+        ("ViT-Ti/16", "Vision Transformer, ViT-Ti/16", "vision-transformer", "2021image"),
+        ("R26+ViT-S/32", "Hybrid of ResNet and Vision Transformer, ", "hybrid", "2021image"),
+        ("BiT-R50x1", "ResNet of Big Transfer (BiT), BiT-R50x1", "resnet", "2020big"),
+        ("Mixer-B/16", "MLP-Mixer, Mixer-B/16", "mlp-mixer", "2021mixer"),
+    ],
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_model_card_names_the_family(
+    tmp_path: Path,
+    make_run: MakeRun,
+    measured: Measured,
+    model: str,
+    title: str,
+    tag: str,
+    cited: str,
+    labelled: bool,
+) -> None:
+    run = make_run(tmp_path / "run", ["a", "b"])
+    summary = json.loads((run / "summary.json").read_text()) | {"architecture": model}
+    (run / "summary.json").write_text(json.dumps(summary))
+    results = {"result": measured(["a", "b"]), "split": "test"} if labelled else {}
+    card = write_model_card(run, **results).read_text()
+    assert f"| Architecture | {title}" in card
+    assert tag in front_matter(card)["tags"]
+    assert re.findall(r"@inproceedings\{[a-z]+(\w+),", card) == [cited]
+    vit = "ViT" in model
+    assert ("Vision Transformer" in card) == ("vision-transformer" in card) == vit

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
+
+from patchword.data.class_names import plain_name
 
 ONE_TYPO, TWO_TYPOS = 5, 9
 """Letters that a name must have for one or two mistakes in it to be likelier than another word."""
@@ -49,12 +50,6 @@ def likely_typos(names: Iterable[str]) -> list[tuple[str, str, str]]:
 
 def _pair(a: str, b: str) -> tuple[str, str]:
     return (a, b) if a < b else (b, a)
-
-
-def plain_name(name: str) -> str:
-    """`name` as all its spellings have it: case, white space, `_`, `-` and Unicode form aside."""
-    text = unicodedata.normalize("NFKC", name).casefold()
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", text)).strip()
 
 
 def _digits(word: str) -> str:

@@ -7,6 +7,8 @@ their WordNet ids: Google's, torchvision's and timm's files all have it, and nam
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from patchword.audit.labels import plain_name
 from patchword.spec.parse import UsageError
 
 IMAGENET = "imagenet"
@@ -38,6 +39,12 @@ class Synset:
 
 
 @cache
+def plain_name(name: str) -> str:
+    """`name` as all its spellings have it: case, white space, `_`, `-` and Unicode form aside."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", text)).strip()
+
+
 def imagenet() -> tuple[Synset, ...]:
     """The classes of ImageNet-1k, in their order."""
     text = resources.files("patchword.data").joinpath("imagenet.tsv").read_text(encoding="utf-8")

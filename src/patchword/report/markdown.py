@@ -12,6 +12,7 @@ from pathlib import Path
 
 from patchword.report import words
 from patchword.report.blocks import Block, Code, Items, Pairs, Table, Text
+from patchword.report.family import family_of
 from patchword.report.record import RunRecord
 from patchword.report.sections import Results, sections
 from patchword.training.checkpoint import replace_text
@@ -35,9 +36,9 @@ def _front_matter(run: RunRecord, results: Results) -> list[str]:
     task, learned = "image-feature-extraction", f"self-supervised, {_quoted(run.objective)}"
     if result is not None:
         task = learned = "image-classification"
-    tag = words.family(run.model).lower().replace(" ", "-")
+    tags = ", ".join((*family_of(run.model).tags, learned, "pytorch"))
     lines = ["library_name: patchword", f"pipeline_tag: {task}"]
-    lines.append(f"tags: [{tag}, {learned}, pytorch]")
+    lines.append(f"tags: [{tags}]")
     if run.from_hub:
         lines.append(f"datasets: [{name}]")
     if result is None:

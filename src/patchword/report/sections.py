@@ -27,20 +27,12 @@ from patchword.report.blocks import (
     Table,
     Text,
 )
+from patchword.report.family import family_of
 from patchword.report.record import RunRecord, finite, settings
 from patchword.report.words import count, facts, percent, plain
 
 LISTED = 30
 """Up to this many classes are all in the card; of more, the ten with the lowest recall."""
-CITATION = """@inproceedings{dosovitskiy2021image,
-  title     = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
-  author    = {Alexey Dosovitskiy and Lucas Beyer and Alexander Kolesnikov and Dirk Weissenborn
-               and Xiaohua Zhai and Thomas Unterthiner and Mostafa Dehghani and Matthias Minderer
-               and Georg Heigold and Sylvain Gelly and Jakob Uszkoreit and Neil Houlsby},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2021},
-  url       = {https://openreview.net/forum?id=YicbFdNTTy}
-}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +59,8 @@ def sections(run: RunRecord, results: Results) -> list[Section]:
     environment = {name: plain(value) for name, value in run.environment.items()}
     again = Code(results.reproduce)
     inside = [Picture(partial(bytes, png), name, "paper") for name, png in results.figures.items()]
-    cited = f"The architecture is that of the {words.family(run.model)}:"
+    family = family_of(run.model)
+    cited = f"The architecture is that of {family.paper}:"
     listed = [
         Section("", "Model details", [_details(run, result)], card=True),
         Section("", "Intended use and limits", [_use(run, result), notes], card=True),
@@ -85,7 +78,7 @@ def sections(run: RunRecord, results: Results) -> list[Section]:
         Section("reproduce", "Reproduce", [again, Pairs(environment, title="Environment")]),
         Section("notes", "Notes", [notes]),
         Section("", "Environment", [Pairs(environment)], card=True),
-        Section("", "Citation", [Text(cited), Code(CITATION, "bibtex")], card=True),
+        Section("", "Citation", [Text(cited), Code(family.citation, "bibtex")], card=True),
     ]
     filled = [each._replace(blocks=[block for block in each.blocks if block[0]]) for each in listed]
     return [section for section in filled if section.blocks]
@@ -122,7 +115,7 @@ def headline(run: RunRecord, results: Results) -> Headline:
 
 def _details(run: RunRecord, result: Classification | None) -> Pairs:
     size = run.config.get("image_size")
-    rows = {"Architecture": f"{words.family(run.model)}, {run.model}"}
+    rows = {"Architecture": f"{family_of(run.model).title}, {run.model}"}
     if isinstance(size, (list, tuple)) and size:
         rows["Input"] = f"images, {size[0]} x {size[-1]} pixels (height x width)"
     if result is None:

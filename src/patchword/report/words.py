@@ -176,11 +176,6 @@ def facts(run: RunRecord, *keys: str) -> dict[str, str]:
     return {FACTS[key][0]: FACTS[key][1](value) for key, value in known.items()}
 
 
-def family(model: str) -> str:
-    """What the architecture of a name is called."""
-    return "Vision Transformer"
-
-
 def weights(run: RunRecord) -> str:
     """`"averaged weights, step 2,000"`, as far as the summary says; else empty."""
     kinds, step = {"raw": "raw weights", "average": "averaged weights"}, run.number("best_step")

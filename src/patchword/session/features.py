@@ -93,9 +93,9 @@ def extract(
     With `cache`, a folder or True for `cache_folder()`, the result is kept in a file named after
     all that it depends on (`cache_key`), and read from there if it is there, whole and of the right
     shape; the log says so, unless `quiet`. A damaged file is computed anew and replaced; a disk
-    that cannot be written costs a warning. An image whose bytes could not be read (a fault of the disk, a missing
-    file) is tried again each time, and all is computed anew once it can be; one that does not
-    decode stays bad, as its bytes are part of the key.
+    that cannot be written costs a warning. An image whose bytes could not be read (a fault of the
+    disk, a missing file) is tried again each time, and all is computed anew once it can be; one
+    that does not decode stays bad, as its bytes are part of the key.
 
     `precision`, float32 or bfloat16, is that of the forward pass. Raises `UsageError` on others,
     and `PatchwordError` if no image can be read, with `on_bad="fail"` if one cannot, and if a

@@ -7,20 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """How a model card speaks of a family."""
+    """How report and card speak of a family."""
 
     title: str
     tags: tuple[str, ...]
     """of the Hugging Face hub"""
+    paper: str
+    """what the architecture is called in its paper"""
     citation: str
-    """Markdown: the paper of the architecture"""
+    """BibTeX of that"""
 
 
-def _cited(name: str, entry: str) -> str:
-    return f"The architecture is that of {name}:\n\n```bibtex\n{entry}\n```"
-
-
-_VIT = _cited(
+_VIT = (
     "the Vision Transformer",
     """@inproceedings{dosovitskiy2021image,
   title     = {An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale},
@@ -32,7 +30,7 @@ _VIT = _cited(
   url       = {https://openreview.net/forum?id=YicbFdNTTy}
 }""",
 )
-_BIT = _cited(
+_BIT = (
     "Big Transfer",
     """@inproceedings{kolesnikov2020big,
   title     = {Big Transfer (BiT): General Visual Representation Learning},
@@ -43,7 +41,7 @@ _BIT = _cited(
   url       = {https://arxiv.org/abs/1912.11370}
 }""",
 )
-_MIXER = _cited(
+_MIXER = (
     "the MLP-Mixer",
     """@inproceedings{tolstikhin2021mixer,
   title     = {MLP-Mixer: An all-MLP Architecture for Vision},
@@ -60,10 +58,10 @@ _MIXER = _cited(
 def family_of(model: str) -> Family:
     """The family of a variant, by its name."""
     if model.startswith("BiT-"):
-        return Family("ResNet of Big Transfer (BiT)", ("resnet",), _BIT)
+        return Family("ResNet of Big Transfer (BiT)", ("resnet",), *_BIT)
     if model.startswith("Mixer-"):
-        return Family("MLP-Mixer", ("mlp-mixer",), _MIXER)
+        return Family("MLP-Mixer", ("mlp-mixer",), *_MIXER)
     if "+ViT-" in model:
         title = "Hybrid of ResNet and Vision Transformer"
-        return Family(title, ("vision-transformer", "hybrid"), _VIT)
-    return Family("Vision Transformer", ("vision-transformer",), _VIT)
+        return Family(title, ("vision-transformer", "hybrid"), *_VIT)
+    return Family("Vision Transformer", ("vision-transformer",), *_VIT)
