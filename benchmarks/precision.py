@@ -12,7 +12,6 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -20,7 +19,8 @@ from tyro.conf import Positional
 
 from patchword.data.sources import open_source
 from patchword.run import folder as runs
-from patchword.run.inputs import Inputs
+from patchword.run.inputs import Data, Inputs, build_model
+from patchword.run.settle import assumed
 from patchword.spec.parse import changed
 from patchword.training.recipes import base_spec
 from patchword.training.trainer import Trainer
@@ -55,12 +55,10 @@ def losses(options: Options, seed: int, precision: str, console: Console) -> np.
         steps=options.steps,
     )
     division = runs.open_division(None, source, spec)
-    spec = runs.resolve(spec, division)
-    model = runs.build_model(spec, source)
-    device = torch.device(spec.device)
-    inputs = Inputs(source=source, division=division, spec=spec, model=model, device=device)
-    inputs.fill_cache(console)
-    trainer = Trainer(model, spec, device, getattr(torch, precision))
+    settled, data = assumed(spec, division), Data(source=source, division=division)
+    model = build_model(settled, source)
+    inputs = Inputs(data=data, settled=settled, model=model).decoded(console)
+    trainer = Trainer(model, settled)
     found: list[float] = []
     for position, batch in enumerate(inputs.feed(0, options.steps)):
         # warm-up over 50 steps, then a constant rate: short runs would else see only warm-up

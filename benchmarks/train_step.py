@@ -16,6 +16,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 import peers
 import timing
 from patchword.models.vit import ViT
+from patchword.models.zoo import variant_name
+from patchword.run.settle import assumed
 from patchword.session.device import resolve_precision
 from patchword.spec.train import OptimSpec, TrainSpec
 from patchword.training.trainer import Trainer
@@ -64,8 +67,17 @@ def peer_step(model: nn.Module, device: str, *, autocast: bool, compiled: bool) 
 def own_step(model: ViT, dtype: torch.dtype, options: Options, *, compiled: bool) -> Step:
     """The step of patchword's training loop, which also reads the loss and tests that it and the
     gradients are finite."""
-    spec = TrainSpec(source="random", optim=OPTIM, batch_size=options.batch_size, compile=compiled)
-    trainer = Trainer(model, spec, torch.device(options.device), dtype)
+    request = TrainSpec(
+        source="random",
+        model=variant_name(model.spec),
+        optim=OPTIM,
+        batch_size=options.batch_size,
+        device=options.device,
+        precision="float32" if dtype is torch.float32 else "bfloat16",
+        compile=compiled,
+        steps=1,
+    )
+    trainer = Trainer(model, assumed(request, {"train": np.zeros(1, np.int64)}))
     return partial(trainer.step, lr=OPTIM.lr)
 
 

@@ -42,7 +42,7 @@ def test_import_loads_no_optional_package():
 
 
 def test_public_functions_load_no_extra():
-    extras = {"datasets", "huggingface_hub", "pyarrow", "tensorboard"}
+    extras = {"datasets", "huggingface_hub", "onnx", "onnxscript", "pyarrow", "tensorboard"}
     names = ("create_model", "load_model", "train", "evaluate", "predict")
     loaded = loaded_by(f"from patchword import {', '.join(names)}")
     assert "torch" in loaded

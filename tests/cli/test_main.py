@@ -136,7 +136,7 @@ def test_usage_errors_are_one_line_and_exit_2(
         (["train", "digits", "--lr", "-1"], "lr is -1.0"),
         (["train", "digits", "--batch-size", "0"], "batch_size is 0"),
         (["train", "digits", "--time", "soon"], "'soon' is no time"),
-        (["train", "digits", "--accumulate", "3"], "not a multiple of accumulate 3"),
+        (["train", "digits", "--parts", "3"], "not a multiple of parts 3"),
     ],
 )
 def test_the_parser_says_what_it_does_not_understand(

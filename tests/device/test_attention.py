@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from patchword.models.layers import attention, attention_matmul, attention_reference
+from patchword.models.attention import attention, attention_matmul, attention_reference
 
 pytestmark = pytest.mark.device
 

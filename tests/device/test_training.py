@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from settling import config, settled
 from torch import Tensor
 
 import patchword
 from patchword.models.model import Model
 from patchword.models.zoo import create_model
-from patchword.run import settle as starting
-from patchword.run.folder import stored_spec
+from patchword.run import trials
 from patchword.session.device import make_deterministic
 from patchword.spec.parse import Interrupted, PatchwordError, changed
 from patchword.spec.train import TrainSpec
-from patchword.training.loop import Run
+from patchword.training.loop import Loop
 from patchword.training.trainer import Trainer
 from patchword.weights.native import load_tensors
 
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "deterministic": True,
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "float32": {"dropout": 0.1, "mixup": 0.2, "accumulate": 2, "precision": "float32"},
+    "float32": {"dropout": 0.1, "mixup": 0.2, "parts": 2, "precision": "float32"},
     "bfloat16": {"drop_path": 0.1, "cutmix": 1.0, "erasing": 0.5, "precision": "bfloat16"},
     "relative": {"position": "relative", "optimizer": "sgd", "lr": 0.1, "precision": "bfloat16"},
     "mae": {"objective": "mae", "mixup": 0.0, "probe_images": 0},
@@ -74,15 +74,15 @@ def test_a_stopped_run_ends_with_the_same_bits(
     """Stopped after step 3, with `--deterministic`."""
     settings: dict[str, Any] = SETTINGS | KINDS[kind] | {"device": device.type}
     patchword.train("digits", out=tmp_path / "whole", **settings)
-    show = Run.show
+    show = Loop.show
 
-    def stop(self: Run, *args: Any) -> None:
+    def stop(self: Loop, *args: Any) -> None:
         show(self, *args)
         if self.trainer.progress.step == 3:
             self.signals.append(15)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "show", stop)
+        patch.setattr(Loop, "show", stop)
         with pytest.raises(Interrupted, match="after step 3"):
             patchword.train("digits", out=tmp_path / "stopped", **settings)
     patchword.train("digits", out=tmp_path / "stopped", **settings)
@@ -96,14 +96,14 @@ def test_a_stopped_run_ends_with_the_same_bits(
 def test_equal_steps_have_equal_bits(small_model: Model, dtype: torch.dtype, device: torch.device):
     """Of every family, with only deterministic kernels: none is missing one."""
     make_deterministic()
-    spec = changed(TrainSpec(source="digits"), accumulate=2, warmup=0.0)
+    spec = changed(TrainSpec(source="digits"), parts=2, warmup=0.0)
     images = torch.randn(4, 3, *small_model.spec.image_size).to(device)
     targets = torch.arange(4).to(device)
     ends: list[list[Tensor]] = []
     start = {name: value.clone() for name, value in small_model.state_dict().items()}
     for _ in range(2):
         small_model.load_state_dict(start)
-        trainer = Trainer(small_model, spec, device, dtype)
+        trainer = Trainer(small_model, settled(spec, dtype, device.type))
         for _ in range(2):
             loss, norm = trainer.step(images, targets, 1e-3)
             assert math.isfinite(loss + norm)
@@ -117,8 +117,8 @@ def test_equal_steps_have_equal_bits(small_model: Model, dtype: torch.dtype, dev
 def test_a_step_that_is_not_finite_changes_nothing(
     dtype: torch.dtype, value: float, device: torch.device
 ):
-    spec = changed(TrainSpec(source="digits"), average=0.9, accumulate=2, warmup=0.0)
-    trainer = Trainer(create_model("ViT-mu/2", 10, 8), spec, device, dtype)
+    spec = changed(TrainSpec(source="digits"), average=0.9, parts=2, warmup=0.0)
+    trainer = Trainer(create_model("ViT-mu/2", 10, 8), settled(spec, dtype, device.type))
     images, targets = torch.randn(4, 3, 8, 8).to(device), torch.arange(4).to(device)
     trainer.step(images, targets, 0.1)
     assert trainer.average is not None
@@ -167,12 +167,12 @@ def little_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iter
     step = Trainer.step
 
     def limited(self: Trainer, inputs: Tensor, targets: Tensor, lr: float) -> tuple[float, float]:
-        if len(inputs) // self.spec.optim.accumulate > 16:
+        if len(inputs) // self.settled.parts > 16:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return step(self, inputs, targets, lr)
 
     monkeypatch.setattr(Trainer, "step", limited)
-    monkeypatch.setattr(starting, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(trials, "has_own_memory", lambda device: True)
     yield
 
 
@@ -187,9 +187,8 @@ def test_a_batch_is_divided_until_it_fits(
     settings |= {"lr": 1e-3, "average": 0.0}
     run = tmp_path / "run"
     result = patchword.train("digits", out=run, device=device.type, **settings)
-    spec = stored_spec(run)
-    assert spec is not None
-    parts = spec.optim.accumulate
+    spec = config(run)
+    parts = spec.optim.parts
     assert parts > 1 if gpu else parts == 4
     assert f"batch of {spec.batch_size} in {parts} parts" in capsys.readouterr().err
     assert result.summary["steps"] == 2
@@ -207,7 +206,7 @@ def test_want_of_memory_outside_the_allocator(message: str):
     """cuBLAS, the driver and Triton take memory of their own and say so in their own words."""
     with (
         pytest.raises(PatchwordError, match="out of memory with 8 images at a time"),
-        starting.memory_explained(changed(TrainSpec(source="digits"), batch_size=8)),
+        trials.memory_explained(settled(changed(TrainSpec(source="digits"), batch_size=8))),
     ):
         raise RuntimeError(message)
 
@@ -227,7 +226,7 @@ def test_a_failed_try_leaves_no_memory_behind(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Trainer, "step", fail)
-    monkeypatch.setattr(starting, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(trials, "has_own_memory", lambda device: True)
     gc.disable()
     try:
         with pytest.raises(PatchwordError, match="out of memory"):

@@ -11,7 +11,7 @@ import pytest
 import patchword
 from patchword.cli.main import main
 from patchword.spec.parse import Interrupted
-from patchword.training.loop import Run
+from patchword.training.loop import Loop
 
 SETTINGS = {
     "steps": 10,
@@ -21,7 +21,7 @@ SETTINGS = {
     "dropout": 0.1,
     "drop_path": 0.1,
     "mixup": 0.2,
-    "accumulate": 2,
+    "parts": 2,
     "average": 0.9,
     "log_every": 3,
     "eval_every": 4,
@@ -51,17 +51,17 @@ def stopped_at(monkeypatch):
     saved; by a signal without one."""
 
     def arrange(step, error=None):
-        show = Run.show
+        show = Loop.show
 
         def show_and_stop(self, *args):
             show(self, *args)
             if self.trainer.progress.step == step:
-                monkeypatch.setattr(Run, "show", show)
+                monkeypatch.setattr(Loop, "show", show)
                 if error is not None:
                     raise error
                 self.signals.append(15)
 
-        monkeypatch.setattr(Run, "show", show_and_stop)
+        monkeypatch.setattr(Loop, "show", show_and_stop)
         return Interrupted if error is None else type(error)
 
     return arrange

@@ -8,7 +8,7 @@ import pytest
 import patchword
 from patchword.spec.parse import Interrupted, PatchwordError
 from patchword.training.checkpoint import damage
-from patchword.training.loop import Run
+from patchword.training.loop import Loop
 from patchword.weights.load import load_model
 
 FILES = [
@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
         "checkpoint_every": 3,
         "precision": "float32",
     }
-    show = Run.show
+    show = Loop.show
 
     def show_and_stop(self, *args):
         show(self, *args)
@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("patchword.run.finish.report_run", lambda *args: None)
         patchword.train("digits", out=folder / "whole", **settings)
-        patch.setattr(Run, "show", show_and_stop)
+        patch.setattr(Loop, "show", show_and_stop)
         with pytest.raises(Interrupted):
             patchword.train("digits", out=folder / "stopped", **settings)
     return folder, settings

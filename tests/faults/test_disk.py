@@ -13,7 +13,7 @@ import pytest
 from patchword.training import checkpoint
 from patchword.training.checkpoint import Checkpoints, damage, write_text
 from patchword.training.log import Lines
-from patchword.training.loop import Run, TrainingError
+from patchword.training.loop import Loop, TrainingError
 from patchword.weights.load import load_model
 
 
@@ -88,7 +88,7 @@ def disk(request, tmp_path, monkeypatch, may_mount):
 @pytest.fixture
 def failing(monkeypatch):
     """`with failing(disk, first, last)`: the disk fails after step `first`, until `last`."""
-    show = Run.show
+    show = Loop.show
 
     @contextmanager
     def arrange(disk, first, last=None):
@@ -101,7 +101,7 @@ def failing(monkeypatch):
             show(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "show", show_on_bad_disk)
+            patch.setattr(Loop, "show", show_on_bad_disk)
             yield
 
     return arrange

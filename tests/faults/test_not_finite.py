@@ -47,14 +47,16 @@ def test_stops_before_the_update(tmp_path, train, state_of, stopped_at, poisoned
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_that_is_not_finite_changes_nothing(dtype):
+    from settling import settled
+
     from patchword.models.zoo import create_model
     from patchword.spec.parse import changed
     from patchword.spec.train import TrainSpec
     from patchword.training.trainer import Trainer
 
-    spec = changed(TrainSpec(source="digits"), average=0.9, accumulate=2, warmup=0.0)
+    spec = changed(TrainSpec(source="digits"), average=0.9, parts=2, warmup=0.0)
     model = create_model("ViT-mu/2", 10, 8)
-    trainer = Trainer(model, spec, torch.device("cpu"), dtype)
+    trainer = Trainer(model, settled(spec, dtype))
     images, targets = torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 4])
     trainer.step(images, targets, 0.1)
     assert trainer.average is not None

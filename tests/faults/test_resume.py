@@ -11,7 +11,7 @@ from patchword.run.inputs import Inputs
 from patchword.spec.parse import Interrupted, PatchwordError, UsageError
 from patchword.training.checkpoint import Checkpoints
 from patchword.training.criterion import TOP1
-from patchword.training.loop import Run
+from patchword.training.loop import Loop
 from patchword.weights.files import find_weights
 from patchword.weights.native import load_tensors
 
@@ -188,7 +188,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, train, state_of, monkeypatc
     """The checkpoint does not wait for an evaluation; the resumed run makes up for it."""
     train(tmp_path / "whole")
     forwards = []
-    stoppable = Run.stoppable
+    stoppable = Loop.stoppable
 
     def signalled(self, model):
         forward = stoppable(self, model)
@@ -201,7 +201,7 @@ def test_a_signal_cuts_an_evaluation_short(tmp_path, train, state_of, monkeypatc
         return first_then_signal if self.trainer.progress.step == step else forward
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "stoppable", signalled)
+        patch.setattr(Loop, "stoppable", signalled)
         with pytest.raises(Interrupted, match=f"after step {step}"):
             train(tmp_path / "cut")
         with pytest.raises(Interrupted, match=f"after step {step}"):

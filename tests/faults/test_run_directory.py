@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from settling import config
 
 from patchword.data.sources import open_source
 from patchword.run import folder as runs
 from patchword.spec.parse import PatchwordError, UsageError
+from patchword.spec.settled import flatten
 from patchword.training.checkpoint import Checkpoints
 
 
@@ -63,6 +65,27 @@ def test_a_run_directory_of_an_earlier_version_resumes(
     train(run)
     assert "not as when the run started" not in caplog.text
     assert caplog.text.count("is of an earlier version: its images are matched by name") == 1
+    assert state_of(run) == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_flat_config_of_an_earlier_version_resumes(
+    tmp_path, train, stopped_at, state_of, caplog, parts
+):
+    """It holds only what was found. A step in several parts was augmented as a whole: that is
+    said."""
+    train(tmp_path / "whole", parts=parts)
+    run = tmp_path / "run"
+    with pytest.raises(stopped_at(4)):
+        train(run, parts=parts)
+    flat = flatten(json.loads((run / "config.json").read_text()))
+    flat["optim"]["accumulate"] = flat["optim"].pop("parts")
+    (run / "config.json").write_text(json.dumps(flat))
+    with pytest.raises(UsageError, match=r"other settings of seed, optim\.weight_decay"):
+        train(run, parts=parts, seed=7, weight_decay=0.3)
+    caplog.set_level("INFO")
+    train(run, parts=parts)
+    assert ("images are mixed within a part" in caplog.text) == (parts > 1)
     assert state_of(run) == state_of(tmp_path / "whole")
 
 
@@ -146,7 +169,7 @@ def test_a_clearing_that_was_killed_can_be_taken_up(tmp_path, train, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             train(run, overwrite=True)
     train(run, overwrite=True, seed=1)
-    assert json.loads((run / "config.json").read_text())["seed"] == 1
+    assert config(run).seed == 1
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -190,13 +213,13 @@ def test_time_is_turned_into_steps_once(tmp_path, train, stopped_at):
     settings = {"steps": None, "time": "10m", "eval_every": None, "checkpoint_every": None}
     with pytest.raises(stopped_at(1)):
         train(run, **settings)
-    config = (run / "config.json").read_bytes()
-    assert json.loads(config)["steps"] > 2
+    written = (run / "config.json").read_bytes()
+    assert json.loads(written)["settled"]["steps"] > 2
     with pytest.raises(UsageError, match="time"):
         train(run, **settings | {"time": "20m"})
     with pytest.raises(stopped_at(2)):
         train(run, **settings)
-    assert (run / "config.json").read_bytes() == config
+    assert (run / "config.json").read_bytes() == written
 
 
 def test_what_changed_since_the_start_is_said(tmp_path, train, stopped_at, caplog):

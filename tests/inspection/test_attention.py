@@ -25,7 +25,7 @@ from patchword.inspection.attention import (
     uniform_distance,
 )
 from patchword.inspection.recorder import attention_layers
-from patchword.models.layers import SelfAttention
+from patchword.models.attention import SelfAttention
 from patchword.models.vit import ViT
 from patchword.spec.model import StemSpec, ViTSpec
 from patchword.spec.parse import PatchwordError, UsageError

@@ -21,7 +21,7 @@ from patchword.inspection.embedding import (
     position_structure,
     position_vectors,
 )
-from patchword.inspection.recorder import attention_inputs, attention_layers, queries_and_keys
+from patchword.inspection.recorder import attention_inputs, attention_layers
 from patchword.models.mixer import Mixer
 from patchword.models.position import Relative, sincos_2d
 from patchword.models.vit import ViT
@@ -237,9 +237,10 @@ def test_rotary_bias_is_what_equal_queries_and_keys_give(random_vit: Make) -> No
 def test_relative_bias_is_the_mean_over_queries(layer: int, random_vit: Make) -> None:
     model = random_vit(position="relative", position_at="every", registers=2, qk_norm=True)
     images = torch.randn(3, 3, 12, 10)
-    attention, x, rule = list(attention_inputs(model, images))[layer]
+    attention, x, _ = list(attention_inputs(model, images))[layer]
     with torch.no_grad():
-        q, _ = queries_and_keys(attention, x)
+        q, *_ = attention.heads_of(x)
+    rule = model.positions[layer]
     assert isinstance(rule, Relative)
     mean = q[:, :, 3:].mean((0, 2))  # [h, d]
     found = induced_bias(model, layer, images)

@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from patchword.inspection import explain as explaining
 from patchword.inspection.explain import (
     Explanation,
     explain_class,
     gradient_rollout,
     rank_correlation,
 )
-from patchword.inspection.recorder import attend, attention_weights
+from patchword.models.attention import SelfAttention
 from patchword.models.layers import Block
 from patchword.models.mixer import Mixer
 from patchword.models.vit import ViT
@@ -113,10 +112,11 @@ def slow_rollout(model: ViT, image: Tensor, target: int) -> np.ndarray:
     x = model.embed(image[None])
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        x, position = model.positioned(x, layer)
+        table, rule = model.positions_of(layer, spec.grid)
+        x = x if table is None else x + table
         y = constant_scale(block.norm1, x)
-        kept.append(attention_weights(block.attention, y, position))
-        y = attend(block.attention, kept[-1], y)
+        kept.append(block.attention.weights(y, rule))
+        y = block.attention.applied(kept[-1], y)
         x = x + (y if block.scale1 is None else y * block.scale1)
         y = block.mlp(constant_scale(block.norm2, x))
         x = x + (y if block.scale2 is None else y * block.scale2)
@@ -222,11 +222,12 @@ def test_one_layers_attention_is_in_memory_at_a_time(
     def watched(*arguments: Any) -> Tensor:
         gc.collect()
         assert not any(weights() is not None for weights in made)
-        weights = attention_weights(*arguments)
+        weights = plain(*arguments)
         made.append(weakref.ref(weights))
         return weights
 
-    monkeypatch.setattr(explaining, "attention_weights", watched)
+    plain = SelfAttention.weights
+    monkeypatch.setattr(SelfAttention, "weights", watched)
     model = random_vit(depth=4)
     gradient_rollout(model, torch.randn(1, 3, *model.spec.image_size), torch.tensor([3]))
     assert len(made) == 4

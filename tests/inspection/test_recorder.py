@@ -18,14 +18,12 @@ from patchword.inspection.attention import (
     rollout,
 )
 from patchword.inspection.recorder import (
-    attend,
     attention_inputs,
     attention_layers,
-    attention_weights,
     batched,
     require_vit,
 )
-from patchword.models.layers import SelfAttention
+from patchword.models.attention import SelfAttention
 from patchword.models.mixer import Mixer
 from patchword.models.resnet import ResNet
 from patchword.models.vit import ViT
@@ -61,11 +59,12 @@ def test_recorded_attention_times_values_is_the_fused_output(kind: str, random_v
     model = random_vit(**KINDS[kind])
     tokens = model.spec.prefix + 15
     layers = 0
-    for attention, x, position in attention_inputs(model, images_for(model)):
+    for attention, x, rule in attention_inputs(model, images_for(model)):
         with torch.no_grad():
-            weights = attention_weights(attention, x, position)
-            fused = attention(x, None, position)
-            torch.testing.assert_close(attend(attention, weights, x), fused, atol=2e-5, rtol=1e-4)
+            weights = attention.weights(x, rule)
+            fused = attention(x, rule)
+            plain = attention.applied(weights, x)
+            torch.testing.assert_close(plain, fused, atol=2e-5, rtol=1e-4)
         assert weights.shape == (3, 2, tokens, tokens)
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, tokens))
         assert weights.std() > 1e-3
@@ -99,8 +98,9 @@ def test_layers_are_the_weights_of_the_inputs(random_vit: Make) -> None:
     model = random_vit(position="relative", registers=1)
     images = images_for(model)
     inputs = list(attention_inputs(model, images))
-    for weights, given in zip(attention_layers(model, images), inputs, strict=True):
-        assert torch.equal(weights, attention_weights(*given))
+    layers = attention_layers(model, images)
+    for weights, (attention, x, rule) in zip(layers, inputs, strict=True):
+        assert torch.equal(weights, attention.weights(x, rule))
         assert not weights.requires_grad
 
 
@@ -110,13 +110,14 @@ def test_one_layer_is_in_memory_at_a_time(
 ) -> None:
     made: list[weakref.ref[torch.Tensor]] = []
 
-    def watched(*given: Any) -> torch.Tensor:
+    def watched(*arguments: Any) -> torch.Tensor:
         assert not any(earlier() is not None for earlier in made)
-        weights = attention_weights(*given)
+        weights = plain(*arguments)
         made.append(weakref.ref(weights))
         return weights
 
-    monkeypatch.setattr(recorder, "attention_weights", watched)
+    plain = SelfAttention.weights
+    monkeypatch.setattr(SelfAttention, "weights", watched)
     model = random_vit(depth=4)
     read(model, images_for(model))
     assert len(made) == 4
@@ -143,10 +144,10 @@ def test_the_model_is_as_it_was(random_vit: Make) -> None:
 
 def test_gradients_flow_through_weights_and_values(random_vit: Make) -> None:
     model = random_vit(width=8, image_size=(8, 4), position="relative", qk_norm=True).double()
-    attention, x, position = next(iter(attention_inputs(model, images_for(model, 1).double())))
+    attention, x, rule = next(iter(attention_inputs(model, images_for(model, 1).double())))
 
     def output(x: torch.Tensor) -> torch.Tensor:
-        return attend(attention, attention_weights(attention, x, position), x)
+        return attention.applied(attention.weights(x, rule), x)
 
     assert torch.autograd.gradcheck(output, x.clone().requires_grad_())
 
@@ -192,5 +193,5 @@ def test_models_without_attention_are_told_so(random_vit: Make) -> None:
             require_vit(model)
         with pytest.raises(PatchwordError, match="no attention"):
             next(attention_layers(model, torch.zeros(1, 3, *model.spec.image_size)))
-    with pytest.raises(PatchwordError, match=r"the model takes \[B, 3, 12, 10\]"):
+    with pytest.raises(PatchwordError, match=r"the model takes \[B, 3, H, W\]"):
         next(attention_layers(random_vit(), torch.zeros(1, 3, 10, 12)))

@@ -63,7 +63,7 @@ def without_tokens(model: ViT, image: Tensor, gone: set[int]) -> Tensor:
     prefix = model.spec.prefix
     tokens = model.embed(image[None])[0]
     kept = [k for k in range(len(tokens)) if k - prefix not in gone]
-    x = model.encode(tokens[kept][None])
+    x = model.encode(tokens[kept][None], model.spec.grid)
     average = x[:, prefix:].mean(1)
     if model.pool is not None:
         pooled = model.pool(x)
@@ -79,7 +79,7 @@ def without_tokens(model: ViT, image: Tensor, gone: set[int]) -> Tensor:
 
 def painted(model: Model, image: Tensor, gone: set[int]) -> Tensor:
     """Logits of an image whose patches `gone` have the image's mean colour, pixel by pixel."""
-    (rows, columns), (height, width) = patch_grid(model), image.shape[1:]
+    (rows, columns), (height, width) = patch_grid(model, image[None]), image.shape[1:]
     shown = image.clone()
     for y in range(height):
         for x in range(width):
@@ -94,7 +94,7 @@ def check_occlusion(
     images = torch.randn(3, 3, *model.spec.image_size)
     with torch.no_grad():
         found = occlusion(model, images, CLASSES, window=window, batch_size=7)
-        rows, columns = patch_grid(model)
+        rows, columns = patch_grid(model, images)
         high, wide = min(window, rows), min(window, columns)
         step = max(1, window // 2)
         tops = sorted({min(k, rows - high) for k in range(0, rows, step)})
@@ -157,7 +157,10 @@ def test_occlusion_of_a_mixer() -> None:
 def test_occlusion_of_a_resnet_has_cells_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(removal, "CELLS", 3)
     model = perturbed(ResNet(ResNetSpec(layers=(1, 1, 1, 1), image_size=(32, 2), num_classes=5)))
-    assert patch_grid(model) == (3, 2)  # 32 rows of pixels in 3, no more columns than pixels
+    assert patch_grid(model, torch.zeros(1, 3, *model.spec.image_size)) == (
+        3,
+        2,
+    )  # 32 rows of pixels in 3, no more columns than pixels
     check_occlusion(model, painted, 1)
 
 
@@ -291,7 +294,7 @@ def test_what_cannot_be_explained_is_said(random_vit: Make) -> None:
     with pytest.raises(PatchwordError, match="one class or none"):
         occlusion(random_vit(num_classes=1), images, torch.tensor([0]))
     with pytest.raises(PatchwordError, match="the model takes"):
-        occlusion(model, images[..., :-2], torch.tensor([0]))
+        occlusion(model, images[..., :-1], torch.tensor([0]))
     with torch.no_grad():
         model.norm.weight[0] = math.nan
     with pytest.raises(PatchwordError, match="NaN"):

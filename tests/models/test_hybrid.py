@@ -162,7 +162,7 @@ def test_patches_must_fit_the_stem():
     with pytest.raises(UsageError, match="multiple of the patch"):
         resized(tiny(), (25, 32))
     with pytest.raises(PatchwordError, match="the model takes"):
-        ViT(tiny())(torch.zeros(1, 3, 32, 32))
+        ViT(tiny())(torch.zeros(1, 3, 33, 32))
 
 
 def test_a_tiny_one_learns_digits(learn_digits: Callable[[ViT, int, float], float]):

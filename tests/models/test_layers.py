@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchword.models import layers
-from patchword.models.layers import (
-    attention,
-    attention_matmul,
-    attention_reference,
-    drop,
-    drop_patches,
-    drop_path,
-)
+from patchword.models.attention import attention, attention_matmul, attention_reference, drop
+from patchword.models.layers import Block, drop_patches, drop_path
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model
 
@@ -158,7 +151,7 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean(rate: float):
 
 def test_block_drops_each_branch_on_its_own():
     """Over many images all four of (attention, MLP) x (kept, dropped) occur."""
-    block = layers.Block(8, 2, 16, drop_path=0.5)
+    block = Block(8, 2, 16, drop_path=0.5)
     for linear in (block.attention.qkv, block.attention.projection):
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.ones_(linear.bias)  # every value is 1, so the branch adds 1

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patchword.models.resnet import ResNet, ResNetStem, StdConv, standardized, stem_macs
+from patchword.models.resnet import ResNet, ResNetStem, StdConv, standardized
 from patchword.models.zoo import RESNETS, macs, model_cost, model_spec, resized, variant_name
 from patchword.spec.model import ResNetSpec, StemSpec
 from patchword.spec.parse import PatchwordError, UsageError
@@ -355,7 +355,7 @@ def test_a_tiny_one_learns_digits(learn_digits: Callable[[ResNet, int, float], f
 
 def test_macs_of_a_stem_alone():
     """The root alone: 7 x 7 x 3 products for each of 64 channels at a quarter of the pixels."""
-    assert stem_macs(StemSpec(layers=()), (224, 224), 3) == 112 * 112 * 49 * 3 * 64
+    assert ResNetStem(StemSpec(layers=()), 3).macs((224, 224)) == 112 * 112 * 49 * 3 * 64
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 1), (1, 8), (5, 4)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchword.models import vit
-from patchword.models.layers import SelfAttention
+from patchword.models.attention import SelfAttention
 from patchword.models.position import Rotary, SinCos2d
 from patchword.models.vit import ViT
 from patchword.models.zoo import create_model, macs, model_spec
@@ -349,10 +349,11 @@ def test_tokens_are_the_patches_row_by_row():
     assert differs.nonzero().flatten().tolist() == [1 * 6 + 2]
 
 
-def test_images_of_another_size_are_refused():
-    model = ViT(tiny())
-    for shape in ((1, 3, 16, 20), (1, 1, 16, 16), (1, 3, 8, 8)):
-        with pytest.raises(PatchwordError, match=r"the model takes \[B, 3, 16, 16\]"):
+def test_images_that_the_patches_do_not_divide_are_refused():
+    model = ViT(tiny(patch_size=(4, 2)))
+    takes = r"the model takes \[B, 3, H, W\] of multiples of 4 x 2 pixels; resize or convert them"
+    for shape in ((1, 3, 16, 15), (1, 1, 16, 16), (1, 3, 10, 16), (1, 3, 0, 8), (3, 16, 16)):
+        with pytest.raises(PatchwordError, match=takes):
             model(torch.zeros(shape))
 
 
@@ -465,7 +466,7 @@ def test_forward_equals_the_head_on_the_features(options: dict[str, Any]):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     images = torch.randn(3, model.spec.in_channels, *model.spec.image_size, dtype=torch.float64)
-    x = model.encode(model.embed(images))  # all tokens
+    x = model.encode(model.embed(images), model.spec.grid)  # all tokens
     plain = model.classify(model.features(images).pooled)
     if model.distillation_head is not None:
         plain = (plain + model.distillation_head(x[:, 1])) / 2

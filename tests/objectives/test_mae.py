@@ -94,7 +94,7 @@ def test_the_network_by_hand(make_model: MakeModel, make_spec: MakeSpec, options
     for b in range(3):
         tokens = model.embed(images[b : b + 1])[0]
         seen = [tokens[:prefix], *(tokens[prefix + i][None] for i in visible[b].tolist())]
-        encoded = decoder.embedding(model.encode(torch.cat(seen)[None]))[0]
+        encoded = decoder.embedding(model.encode(torch.cat(seen)[None], (4, 4)))[0]
         line = [decoder.mask_token[0, 0]] * 16
         for k, place in enumerate(visible[b].tolist()):
             line[place] = encoded[prefix + k]

@@ -135,7 +135,7 @@ def test_the_corruption_comes_before_the_positions(make_model: MakeModel, make_s
         ],
         dim=1,
     )
-    encoded = model.encode(tokens)[:, 2:]
+    encoded = model.encode(tokens, model.spec.grid)[:, 2:]
     wanted = torch.stack([parts.head(encoded[b, corrupted[b]]) for b in range(2)])
     torch.testing.assert_close(network(images, source, corrupted), wanted)
 

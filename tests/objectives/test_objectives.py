@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from settling import settled
 
 from patchword.data.seeding import derived_seed
 from patchword.models.vit import ViT
@@ -31,7 +32,7 @@ def trainer_of(make_spec: MakeSpec, dtype: torch.dtype = torch.float32, **settin
     torch.manual_seed(0)
     options = {"depth": 2, "width": 32, "mlp_width": 64, "heads": 2, "pool": "gap", "dropout": 0.1}
     model = create_model("ViT-mu/4", 0, 16, **options)
-    return Trainer(model, make_spec(**settings), CPU, dtype)
+    return Trainer(model, settled(make_spec(**settings), dtype))
 
 
 def stripes(count: int) -> torch.Tensor:
@@ -66,7 +67,7 @@ def test_micro_batches_add_up_to_the_mean_over_all(make_spec: MakeSpec, objectiv
     """Each part corrupts the same number of patches, so that the mean of the parts' losses is that
     of the batch."""
     images = stripes(6)
-    whole = trainer_of(make_spec, objective=objective, accumulate=3, batch_size=6)
+    whole = trainer_of(make_spec, objective=objective, parts=3, batch_size=6)
     loss, _ = whole.step(images, torch.zeros(6), 0.0)
     parts = []
     for micro, chunk in enumerate(images.chunk(3)):
@@ -149,7 +150,7 @@ def test_what_is_saved_is_a_plain_model(tmp_path: Path, make_spec: MakeSpec, obj
 
 def test_classification_has_no_parts_and_is_the_model_itself(make_spec: MakeSpec):
     model = create_model("ViT-mu/4", 10, 16)
-    trainer = Trainer(model, make_spec(), CPU, torch.float32)
+    trainer = Trainer(model, settled(make_spec()))
     assert trainer.network is trainer.model is model
     assert trainer.objective.parts is None
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import patchword
 from patchword import Model, UsageError, create_model, load_model, save_model
-from patchword.training.loop import Run
+from patchword.training.loop import Loop
 from patchword.training.recipes import recipe_spec
 from patchword.weights.pretrained import PRETRAINED
 
@@ -39,36 +39,38 @@ def test_a_run_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Train, stop, resume, evaluate, predict, report; what was stopped ends as what was not."""
     settings: dict[str, Any] = SHORT | FAMILIES[name] | {"model": name}
     whole = patchword.train("digits", out=tmp_path / "whole", **settings)
-    save = Run.save
+    save = Loop.save
 
-    def save_and_stop(run: Run) -> int:
+    def save_and_stop(run: Loop) -> int:
         save(run)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", save_and_stop)
+        patch.setattr(Loop, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             patchword.train("digits", out=tmp_path / "stopped", **settings)
     assert (tmp_path / "stopped" / "checkpoints" / "step-00000003").is_dir()
     resumed = patchword.train("digits", out=tmp_path / "stopped", **settings)
-    first, second = (load_model(run / "last").state_dict() for run in (whole.run, resumed.run))
+    first, second = (
+        load_model(run / "last").state_dict() for run in (whole.folder, resumed.folder)
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
 
     assert whole.result is not None
-    assert patchword.evaluate(whole.run, "digits").classification.top1 == whole.result.top1
+    assert patchword.evaluate(whole.folder, "digits").classification.top1 == whole.result.top1
     Image.new("L", (8, 8), 128).save(tmp_path / "grey.png")
-    (prediction,) = patchword.predict(whole.run, tmp_path / "grey.png")
+    (prediction,) = patchword.predict(whole.folder, tmp_path / "grey.png")
     assert prediction.label in [str(digit) for digit in range(10)]
     architecture = whole.summary["architecture"]
     assert architecture.startswith(name.partition("-")[0])
     for file in ("report.html", "MODEL_CARD.md"):
-        assert architecture in (whole.run / file).read_text(encoding="utf-8")
-    shown = 'class="paper"' in (whole.run / "report.html").read_text(encoding="utf-8")
+        assert architecture in (whole.folder / file).read_text(encoding="utf-8")
+    shown = 'class="paper"' in (whole.folder / "report.html").read_text(encoding="utf-8")
     assert shown == (not name.startswith("BiT"))  # which has no patches and no positions
 
 
 def options(run: Path) -> dict[str, Any]:
-    found = json.loads((run / "config.json").read_text())["options"]
+    found = json.loads((run / "config.json").read_text())["settled"]["options"]
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -83,7 +85,7 @@ def test_a_recipe_gives_a_family_the_options_that_it_has(photos: Path, tmp_path:
     ):
         family = {n: v for n, v in FAMILIES.get(name, {}).items() if n != "image_size"}
         out = tmp_path / name.replace("/", "-")
-        run = patchword.train(photos, "photos", model=name, out=out, **settings | family).run
+        run = patchword.train(photos, "photos", model=name, out=out, **settings | family).folder
         assert options(run) == kept | family
 
 
@@ -148,7 +150,7 @@ def test_a_name_is_taken_wherever_weights_are(
     assert code == 0, err
     assert "from scratch" not in err
     run = elsewhere / "runs" / "photos-from-vit-tiny-augreg"
-    assert json.loads((run / "config.json").read_text())["init"] == "vit-tiny-augreg"
+    assert json.loads((run / "config.json").read_text())["request"]["init"] == "vit-tiny-augreg"
     assert as_json("evaluate", run, photos)["n"] > 0
 
 

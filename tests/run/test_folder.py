@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from settling import settled
 
 from patchword.data.sources import open_source
 from patchword.models.model import Model
-from patchword.run import folder as runs
+from patchword.run.inputs import build_model
 from patchword.spec.parse import changed
 from patchword.spec.train import TrainSpec
 
 
 def started(photos: Path, **changes: Any) -> Model:
     settings: dict[str, Any] = {"model": "ViT-mu/8", "image_size": 16} | changes
-    return runs.build_model(
-        changed(TrainSpec(source=str(photos)), **settings), open_source(str(photos))
-    )
+    asked = changed(TrainSpec(source=str(photos)), **settings)
+    return build_model(settled(asked), open_source(str(photos)))
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])

@@ -44,6 +44,9 @@ class Guarded:
     def location(self, index: int) -> str:
         return self.reader.location(index)
 
+    def digest(self, *, whole: bool) -> str:
+        return self.reader.digest(whole=whole)
+
 
 @pytest.fixture
 def divided(make_photos: MakePhotos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from settling import settled
 
 from patchword.data.sources import open_source
 from patchword.data.splits import divide
 from patchword.models.zoo import create_model
 from patchword.objectives import create_objective
-from patchword.run import folder as runs
-from patchword.run.inputs import Inputs
+from patchword.run.inputs import Data, Inputs, build_model
 from patchword.run.pretraining import progress_evaluator
 from patchword.spec.parse import changed
 from patchword.spec.train import TrainSpec
@@ -24,15 +24,14 @@ from patchword.spec.train import TrainSpec
 def inputs_of(**changes: Any) -> Inputs:
     """Of the digits, with a model whose head is zero."""
     source = open_source("digits")
-    spec = changed(TrainSpec(source="digits"), batch_size=16, model="ViT-mu/2", **changes)
+    asked = changed(TrainSpec(source="digits"), batch_size=16, model="ViT-mu/2", **changes)
     model = create_model("ViT-mu/2", 10, 8, 1, depth=1)
     assert model.head is not None
     torch.nn.init.zeros_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)
     division = divide(source, val=0.1, test=0.1, seed=0)
-    return Inputs(
-        source=source, division=division, spec=spec, model=model, device=torch.device("cpu")
-    )
+    data = Data(source=source, division=division)
+    return Inputs(data=data, settled=settled(asked), model=model)
 
 
 def test_augmentation_is_a_function_of_seed_and_position():
@@ -60,9 +59,9 @@ def test_the_loss_that_is_measured_is_the_one_that_is_trained(loss: str, wanted:
 
 def test_the_first_weights_are_a_function_of_the_seed():
     source = open_source("digits")
-    spec = changed(TrainSpec(source="digits"), model="ViT-mu/2", image_size=[8], depth=1)
+    asked = changed(TrainSpec(source="digits"), model="ViT-mu/2", image_size=[8], depth=1)
     first, again, other = (
-        runs.build_model(changed(spec, seed=seed), source).state_dict() for seed in (1, 1, 2)
+        build_model(settled(changed(asked, seed=seed)), source).state_dict() for seed in (1, 1, 2)
     )
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     for name in ("patch_embedding.weight", "blocks.0.mlp.hidden.weight"):
@@ -77,7 +76,7 @@ def test_probes_learn_from_some_of_train_and_are_measured_on_some_of_val(
     monkeypatch.setattr(Inputs, "passes", lambda self, *asked: seen.append(asked))
     for seed in (1, 1, 2):
         inputs = inputs_of(seed=seed, objective="mae", probe_images=50)
-        progress_evaluator(inputs, create_objective(inputs.spec, inputs.model))
+        progress_evaluator(inputs, create_objective(inputs.request, inputs.model))
     for part, indices in seen:
         assert np.isin(indices, inputs.division[part]).all()
         assert (np.diff(indices) > 0).all()

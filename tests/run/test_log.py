@@ -12,7 +12,7 @@ import torch
 
 import patchword
 from patchword import create_model, save_model
-from patchword.run import settle as starting
+from patchword.run import trials
 from patchword.run.inputs import Inputs
 
 Train = Callable[..., list[str]]
@@ -48,15 +48,15 @@ def lines(
 def better(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
     """The image size at which a head is said to be better."""
     given = {"size": (16, 16)}
-    real = starting.probe_head
+    real = trials.probe_head
 
     def worth(inputs: Inputs, *rest: Any, **options: Any) -> Any:
         found = real(inputs, *rest, **options)
-        accuracy = 0.9 if inputs.spec.size == given["size"] else 0.8
+        accuracy = 0.9 if inputs.settled.image_size == given["size"] else 0.8
         assert found is not None
         return dataclasses.replace(found, accuracy=accuracy)
 
-    monkeypatch.setattr(starting, "probe_head", worth)
+    monkeypatch.setattr(trials, "probe_head", worth)
     return given
 
 
@@ -72,7 +72,7 @@ def test_every_line_comes_once(
     """Also where the features are there from before, which only the second run meets, and where the
     time of a step is measured; the weights, the warm-up, the broken photo."""
     better["size"] = (side, side)
-    monkeypatch.setattr(starting, "_pace", lambda *_, **__: 1.0)
+    monkeypatch.setattr(trials, "pace", lambda *_, **__: 1.0)
     length: dict[str, Any] = {"steps": None, "time": "150s"} if timed else {}
     for name in ("first",) if timed else ("first", "second"):
         found = lines(name, **length)

@@ -246,13 +246,15 @@ def test_the_config_reads_back(
 ):
     run, _ = learned("mae")
     stored = json.loads((run / "config.json").read_text())
-    assert stored["pretrain"]["mask_rate"] == 0.75
-    again = tmp_path / "again"
-    code, _, err = command("train", "--config", run / "config.json", "--out", again)
-    assert code == 0, err
-    for name in ("last", "best"):
-        one, two = (load_model(path / name).state_dict() for path in (run, again))
-        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert stored["settled"]["mask_rate"] == 0.75
+    assert stored["request"]["pretrain"]["mask_rate"] is None
+    for more in ([], ["--settled"]):
+        again = tmp_path / f"again{len(more)}"
+        code, _, err = command("train", "--config", run / "config.json", *more, "--out", again)
+        assert code == 0, err
+        for name in ("last", "best"):
+            one, two = (load_model(path / name).state_dict() for path in (run, again))
+            assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_json_is_the_summary(flat: Path, tmp_path: Path, as_json: AsJson):

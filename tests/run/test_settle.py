@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from settling import config, stored
 
 import patchword
 from patchword import UsageError, load_model
@@ -20,23 +21,19 @@ from patchword.data.splits import load_division
 from patchword.data.unlabelled import open_images
 from patchword.evaluation.probe import fit_logistic, sweep_logistic
 from patchword.run import folder as runs
-from patchword.run import settle as starting
-from patchword.run.inputs import Inputs
+from patchword.run import trials
+from patchword.run.inputs import Data, Inputs, build_model
+from patchword.run.settle import assumed
 from patchword.session.features import extract
-from patchword.spec.parse import Interrupted, PatchwordError, parse
-from patchword.spec.train import TrainSpec
+from patchword.spec.parse import Interrupted, PatchwordError
 from patchword.training.log import read_lines
-from patchword.training.loop import Run
+from patchword.training.loop import Loop
 from patchword.training.optim import learning_rate
 from patchword.training.recipes import base_spec
 from patchword.training.trainer import Trainer
 
 Command = Callable[..., tuple[int, str, str]]
 SETTINGS: dict[str, Any] = {"batch_size": 8, "workers": 0, "precision": "float32"}
-
-
-def config(run: Path) -> TrainSpec:
-    return parse(TrainSpec, json.loads((run / "config.json").read_text()))
 
 
 @pytest.fixture
@@ -72,14 +69,14 @@ def test_without_a_val_part_the_head_is_fitted_to_all(
 ):
     """Its regulariser is chosen on images that the sweep does not fit."""
     seen: list[tuple[int, int, float]] = []
-    real = starting.sweep_logistic
+    real = trials.sweep_logistic
 
     def spy(features: Any, labels: Any, val: Any, *rest: Any) -> Any:
         found = real(features, labels, val, *rest)
         seen.append((len(features), len(val), found.l2))
         return found
 
-    monkeypatch.setattr(starting, "sweep_logistic", spy)
+    monkeypatch.setattr(trials, "sweep_logistic", spy)
     train(tmp_path / "run", recipe="head", val_fraction=0.0)
     ((fitted, held, l2),) = seen
     division = json.loads((tmp_path / "run" / "splits.json").read_text())
@@ -117,7 +114,7 @@ def test_the_head_can_be_used_before_training(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("patchword.run.train.settle", die)
+        patch.setattr("patchword.run.settle.trials.fitting_parts", die)
         with pytest.raises(KeyboardInterrupt):
             train(run, steps=2, enlarge=1.0)
     assert not (run / "config.json").exists()
@@ -137,14 +134,14 @@ def test_the_head_can_be_used_before_training(
 def accuracies(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], float]:
     """Image size -> what a head on the features there is worth; other sizes fail."""
     given: dict[tuple[int, int], float] = {}
-    real = starting.probe_head
+    real = trials.probe_head
 
     def worth(inputs: Inputs, console: Any, **options: Any) -> Any:
         found = real(inputs, console, **options)
         assert found is not None
-        return dataclasses.replace(found, accuracy=given[inputs.spec.size])
+        return dataclasses.replace(found, accuracy=given[inputs.settled.image_size])
 
-    monkeypatch.setattr(starting, "probe_head", worth)
+    monkeypatch.setattr(trials, "probe_head", worth)
     return given
 
 
@@ -179,18 +176,18 @@ def test_a_stopped_run_goes_on_at_its_resolution(
     """To the bits of the same run with the resolution given."""
     accuracies |= {(16, 16): 0.8, (32, 32): 0.9}
     settings = {"steps": 4, "checkpoint_every": 2, "lr": 1e-3}
-    show = Run.show
+    show = Loop.show
 
-    def die(self: Run, *args: Any) -> None:
+    def die(self: Loop, *args: Any) -> None:
         show(self, *args)
         if self.trainer.progress.step == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "show", die)
+        patch.setattr(Loop, "show", die)
         with pytest.raises((KeyboardInterrupt, Interrupted)):
             train(tmp_path / "cut", enlarge=2.0, **settings)
-    accuracies.clear()
+    del accuracies[16, 16]
     train(tmp_path / "cut", enlarge=2.0, **settings)
     train(tmp_path / "given", image_size=32, **settings)
     cut, given = (load_model(tmp_path / name / "last") for name in ("cut", "given"))
@@ -230,7 +227,7 @@ def test_a_higher_resolution_needs_time(
 ):
     """Five epochs of 28 images: 18 steps of 8."""
     accuracies |= {(16, 16): 0.8, (32, 32): 0.9}
-    monkeypatch.setattr(starting, "_pace", lambda *_, **__: pace)
+    monkeypatch.setattr(trials, "pace", lambda *_, **__: pace)
     train(tmp_path / "run", time="12s", enlarge=2.0, lr=1e-3)
     assert config(tmp_path / "run").size == size
     said = " ".join(capsys.readouterr().err.split())
@@ -265,7 +262,7 @@ def test_the_rate_with_the_lowest_loss_is_taken(
         tried.append((rate, count))
         return losses[rate]
 
-    monkeypatch.setattr(starting, "_trial_loss", loss)
+    monkeypatch.setattr(trials, "trial_loss", loss)
     train(tmp_path / "run", steps=200, rates=tuple(losses), eval_every=200)
     assert tried == [(rate, 8) for rate in losses]
     spec = config(tmp_path / "run")
@@ -284,7 +281,7 @@ def test_rates_are_compared_on_images_of_every_class(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Where val is large: a folder's images are in order of their classes."""
-    monkeypatch.setattr(starting, "TRIAL_IMAGES", 3)
+    monkeypatch.setattr(trials, "TRIAL_IMAGES", 3)
     real, seen = Inputs.evaluator, list[list[int]]()
 
     def spy(self: Inputs, part: str, some: Any = None) -> Any:
@@ -344,13 +341,16 @@ def test_a_given_rate_is_not_tried_against_others(
 
 
 def test_a_config_brings_the_rate_that_was_chosen(train: Any, tmp_path: Path, command: Command):
+    """With --settled; without it they are tried again."""
     train(tmp_path / "first", steps=2)
     words = ["train", photos_of(tmp_path / "first"), "--config", tmp_path / "first" / "config.json"]
-    code, _, err = command(*words, "--out", tmp_path / "second")
-    assert code == 0, err
-    first, second = config(tmp_path / "first").optim, config(tmp_path / "second").optim
-    assert len(first.rates) == 2
-    assert (second.lr, second.rates) == (first.lr, ())
+    for name, more in (("asked", []), ("settled", ["--settled"])):
+        code, _, err = command(*words, *more, "--out", tmp_path / name)
+        assert code == 0, err
+        assert ("learning rate" in err) == (not more)
+        assert stored(tmp_path / name).lr == stored(tmp_path / "first").lr
+    assert len(stored(tmp_path / "asked").request.optim.rates) == 2
+    assert stored(tmp_path / "settled").request.optim.rates == ()
 
 
 def photos_of(run: Path) -> str:
@@ -364,15 +364,15 @@ def test_a_stopped_run_goes_on_with_what_was_found(
     """To the same bits, also where it was stopped before the first checkpoint was due."""
     settings = {"steps": 6, "checkpoint_every": 2, "eval_every": 3}
     train(tmp_path / "whole", **settings)
-    show = Run.show
+    show = Loop.show
 
-    def die(self: Run, *args: Any) -> None:
+    def die(self: Loop, *args: Any) -> None:
         show(self, *args)
         if self.trainer.progress.step == step:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "show", die)
+        patch.setattr(Loop, "show", die)
         with pytest.raises((KeyboardInterrupt, Interrupted)):
             train(tmp_path / "cut", lr=config(tmp_path / "whole").optim.lr, **settings)
     train(tmp_path / "cut", lr=config(tmp_path / "whole").optim.lr, **settings)
@@ -393,7 +393,7 @@ def test_a_batch_too_large_for_the_memory_is_taken_in_parts(
     pages = {"SC_PHYS_PAGES": 16}  # of 4 KiB
     monkeypatch.setattr(os, "sysconf", lambda name: pages.get(name, real(name)))
     train(tmp_path / "run", steps=2)
-    parts = config(tmp_path / "run").optim.accumulate
+    parts = config(tmp_path / "run").optim.parts
     assert parts in (2, 4, 8)
     assert f"batch of 8 in {parts} parts" in capsys.readouterr().err
     monkeypatch.undo()
@@ -405,15 +405,15 @@ def test_time_holds_for_the_whole(
     train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Trials and evaluations are taken off before it is divided into steps."""
-    monkeypatch.setattr(starting, "_limit", lambda _: 0.0)
+    monkeypatch.setattr(trials, "limit", lambda _: 0.0)
     paces: list[float] = []
-    real = starting._pace
+    real = trials.pace
 
     def pace(*args: Any, **kwargs: Any) -> float:
         paces.append(real(*args, **kwargs))
         return paces[-1]
 
-    monkeypatch.setattr(starting, "_pace", pace)
+    monkeypatch.setattr(trials, "pace", pace)
     train(tmp_path / "run", time="8s")
     spec = config(tmp_path / "run")
     assert spec.steps is not None
@@ -430,7 +430,7 @@ def test_time_too_short_for_a_step(
     probe: bool,
 ):
     """The head that there is already is the result; without one the time is refused."""
-    monkeypatch.setattr(starting, "_pace", lambda *_, **__: 100.0)
+    monkeypatch.setattr(trials, "pace", lambda *_, **__: 100.0)
     settings = {"time": "60s", "probe": probe, "val_fraction": 0.2}
     if not probe:
         with pytest.raises(PatchwordError, match=r"--time 60s is too short: a step takes 1e\+02 s"):
@@ -457,25 +457,23 @@ def test_the_time_of_an_evaluation_counts_the_images_it_looks_at(
     )
     source = open_images(str(photos)) if spec.self_supervised else open_source(str(photos))
     division = runs.open_division(None, source, spec)
-    spec = runs.resolve(spec, division)
-    model = runs.build_model(spec, source)
-    inputs = Inputs(
-        source=source, division=division, spec=spec, model=model, device=torch.device("cpu")
-    )
+    settled = assumed(spec, division)
+    model, data = build_model(settled, source), Data(source=source, division=division)
+    inputs = Inputs(data=data, settled=settled, model=model)
     clock = iter(range(10))
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    trainer = starting._trial(inputs, 10)
+    trainer = trials.trainer_of(inputs)
     val = len(division["val"])
     looked = val if objective == "classification" else 2 * val + len(division["train"])
-    assert starting._evaluation_time(inputs, trainer, "val") == pytest.approx(looked / val)
+    assert trials.evaluation_time(inputs, trainer, "val") == pytest.approx(looked / val)
 
 
 def test_evaluations_take_no_more_than_their_share_of_the_time(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """With a resumed run knowing how often that was."""
-    monkeypatch.setattr(starting, "_limit", lambda _: 0.0)
-    monkeypatch.setattr(starting, "_evaluation_time", lambda *at: {"val": 1.0, "test": 1.0}[at[2]])
+    monkeypatch.setattr(trials, "limit", lambda _: 0.0)
+    monkeypatch.setattr(trials, "evaluation_time", lambda *at: {"val": 1.0, "test": 1.0}[at[2]])
     settings = {"time": "8s", "average": 0.0}
     train(tmp_path / "run", **settings)
     spec = config(tmp_path / "run")

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from settling import config, stored
 
 import patchword
 from patchword import PatchwordError, UsageError, load_model
 from patchword.run import finish as finishing
-from patchword.run import settle as starting
+from patchword.run import trials
 from patchword.run.inputs import Inputs
 from patchword.run.sweep import SweepResult, rates_of, sweep
 from patchword.spec.parse import changed
@@ -78,9 +79,7 @@ def test_the_best_rate_is_chosen_on_held_out_images(done: SweepResult):
     assert good is not None
     assert good["top1"] > low["top1"]
     assert done.chosen == RATES[1]
-    assert {read(done.run / run["run"] / "config.json")["optim"]["lr"] for run in done.runs} == {
-        RATES[1]
-    }
+    assert {stored(done.folder / run["run"]).lr for run in done.runs} == {RATES[1]}
 
 
 def test_of_equals_the_rate_with_the_lower_loss(asked: TrainSpec, tmp_path: Path):
@@ -95,13 +94,13 @@ def test_of_equals_the_rate_with_the_lower_loss(asked: TrainSpec, tmp_path: Path
 
 def test_the_divisions(done: SweepResult):
     """A sweep's run sees no test image; the final runs see all that is not test."""
-    final = parts(done.run / "run-0")
+    final = parts(done.folder / "run-0")
     assert (len(final["train"]), len(final["val"]), len(final["test"])) == (42, 0, 18)
     assert not final["train"] & final["test"]
     for run in ("run-1", "."):
-        assert parts(done.run / run) == final
+        assert parts(done.folder / run) == final
     for rate in RATES:
-        tried = parts(done.run / "sweep" / f"lr-{rate}")
+        tried = parts(done.folder / "sweep" / f"lr-{rate}")
         assert (len(tried["train"]), len(tried["val"]), len(tried["test"])) == (30, 12, 0)
         assert tried["train"] | tried["val"] == final["train"]
 
@@ -113,7 +112,7 @@ def test_only_the_final_runs_measure_the_test_part(
     measure = Inputs.evaluator
 
     def spy(self: Inputs, part: str, some: Any = None):
-        seen.append((self.spec.optim.lr, part, len(self.division[part])))
+        seen.append((self.settled.lr, part, len(self.division[part])))
         return measure(self, part, some)
 
     monkeypatch.setattr(Inputs, "evaluator", spy)
@@ -123,46 +122,46 @@ def test_only_the_final_runs_measure_the_test_part(
 
 
 def test_mean_and_deviation(done: SweepResult):
-    top1 = [read(done.run / f"run-{k}" / "summary.json")["top1"] for k in range(2)]
+    top1 = [read(done.folder / f"run-{k}" / "summary.json")["top1"] for k in range(2)]
     assert [run["top1"] for run in done.runs] == top1
-    assert [read(done.run / f"run-{k}" / "config.json")["seed"] for k in range(2)] == [0, 1]
+    assert [stored(done.folder / f"run-{k}").request.seed for k in range(2)] == [0, 1]
     assert done.mean == pytest.approx(sum(top1) / 2)
     assert done.std == pytest.approx(statistics.stdev(top1))
-    assert not same_weights(done.run / "run-0", done.run / "run-1")
+    assert not same_weights(done.folder / "run-0", done.folder / "run-1")
 
 
 def test_one_run_has_no_deviation():
-    one = SweepResult(run=Path(), rates={}, runs=[{"top1": 0.5}])
+    one = SweepResult(folder=Path(), rates={}, runs=[{"top1": 0.5}])
     assert (one.mean, one.std) == (0.5, None)
 
 
 def test_the_directory_is_that_of_the_first_run(done: SweepResult, asked: TrainSpec):
-    assert same_weights(done.run, done.run / "run-0" / "last")
-    measured = patchword.evaluate(done.run, asked.source, device="cpu", workers=0)
+    assert same_weights(done.folder, done.folder / "run-0" / "last")
+    measured = patchword.evaluate(done.folder, asked.source, device="cpu", workers=0)
     assert (measured.split, measured.classification.top1) == ("test", done.runs[0]["top1"])
-    summary = read(done.run / "summary.json")
+    summary = read(done.folder / "summary.json")
     assert summary["finished"]
     assert summary["top1"] == done.runs[0]["top1"]
-    assert summary["sweep"] == read(done.run / "sweep.json") == done.to_dict()
+    assert summary["sweep"] == read(done.folder / "sweep.json") == done.to_dict()
 
 
 def test_a_sweeps_runs_keep_no_weights(done: SweepResult):
     for rate in RATES:
-        run = done.run / "sweep" / f"lr-{rate}"
+        run = done.folder / "sweep" / f"lr-{rate}"
         assert not list(run.rglob("*.safetensors"))
         assert not {path.name for path in run.iterdir()} & {"checkpoints", "best", "last"}
         assert (run / "metrics.jsonl").exists()
 
 
 def test_report_and_card_show_the_table(done: SweepResult):
-    report, card = ((done.run / name).read_text() for name in ("report.html", "MODEL_CARD.md"))
+    report, card = ((done.folder / name).read_text() for name in ("report.html", "MODEL_CARD.md"))
     for text in (report, card):
         assert f"learning rate {RATES[1]:g}" in text
         assert "loss not finite" in text
         assert "run-1, seed 1" in text
         assert f"{100 * (done.mean or 0):.2f} %" in text
         assert "--sweep --runs 2" in text
-    assert "Learning rates and runs" not in (done.run / "run-0" / "report.html").read_text()
+    assert "Learning rates and runs" not in (done.folder / "run-0" / "report.html").read_text()
 
 
 class _Killed(BaseException):
@@ -194,7 +193,7 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(
     )  # what was done is not redone
     assert again.to_dict() == done.to_dict()
     for name in ("run-0", "run-1"):
-        assert same_weights(run / name, done.run / name)
+        assert same_weights(run / name, done.folder / name)
     count = 0
     assert sweep(asked, repeats=2, out=run).to_dict() == done.to_dict()
     assert count == 0
@@ -222,22 +221,22 @@ def test_repeats_are_runs_of_train(asked: TrainSpec, tmp_path: Path):
     found = sweep(spec, choose=False, repeats=2, out=tmp_path / "runs")
     assert (found.rates, found.chosen) == ({}, 0.02)
     alone = patchword.train(spec, out=tmp_path / "alone")
-    assert same_weights(found.run, alone.run)
+    assert same_weights(found.folder, alone.folder)
     assert found.runs[0]["top1"] == alone.summary["top1"]
-    assert parts(found.run / "run-0") == parts(found.run / "run-1") == parts(alone.run)
-    configs = [read(found.run / f"run-{k}" / "config.json") for k in range(2)]
-    assert [config["seed"] for config in configs] == [5, 6]
-    assert configs[0] | {"seed": 6} == configs[1]
-    assert not same_weights(found.run / "run-0" / "last", found.run / "run-1" / "last")
+    assert parts(found.folder / "run-0") == parts(found.folder / "run-1") == parts(alone.folder)
+    first, second = (config(found.folder / f"run-{k}") for k in range(2))
+    assert (first.seed, second.seed) == (5, 6)
+    assert replace(first, seed=6) == second
+    assert not same_weights(found.folder / "run-0" / "last", found.folder / "run-1" / "last")
 
 
 def test_repeats_share_the_steps_that_the_time_gave(
     asked: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(starting, "_pace", lambda *_: 2.0)  # seconds a step
+    monkeypatch.setattr(trials, "pace", lambda *_: 2.0)  # seconds a step
     spec = replace(changed(asked, rates=[]), steps=None, time="30s")
     found = sweep(spec, choose=False, repeats=2, out=tmp_path / "runs")
-    steps = [read(found.run / run["run"] / "config.json")["steps"] for run in found.runs]
+    steps = [stored(found.folder / run["run"]).steps for run in found.runs]
     assert steps[0] == steps[1] > 0
 
 
@@ -248,7 +247,7 @@ def test_the_data_s_own_parts(make_photos: MakePhotos, asked: TrainSpec, tmp_pat
     for k, (part, count) in enumerate({"train": 5, "val": 2, "test": 3}.items()):
         make_photos(data / part, count, first=300 * k)
     spec = changed(asked, source=str(data), rates=[0.01, 0.03], steps=1)
-    run = sweep(spec, out=tmp_path / "three").run
+    run = sweep(spec, out=tmp_path / "three").folder
     tried, final = parts(run / "sweep" / "lr-0.01"), parts(run)
     assert {key.split("/")[0] for key in tried["val"]} == {"val"}
     assert {key.split("/")[0] for key in final["test"]} == {"test"}
@@ -256,7 +255,7 @@ def test_the_data_s_own_parts(make_photos: MakePhotos, asked: TrainSpec, tmp_pat
     assert (len(final["train"]), len(final["test"])) == (21, 9)
     for path in (data / "test").rglob("*.*"):
         path.unlink()
-    run = sweep(spec, out=tmp_path / "two").run
+    run = sweep(spec, out=tmp_path / "two").folder
     tried, final = parts(run / "sweep" / "lr-0.01"), parts(run)
     assert {key.split("/")[0] for key in final["test"]} == {"val"}
     assert (len(tried["train"]), len(tried["val"])) == (12, 3)
@@ -371,7 +370,7 @@ def test_usage_errors(words: list[object], finished: Path, tmp_path: Path, comma
     assert "holds a single run" in " ".join(err.split())
     code, _, err = command(*words, "--sweep", "--out", run, "--steps", 2, "--overwrite")
     assert code == 0, err
-    assert read(run / "run-0" / "config.json")["steps"] == 2
+    assert stored(run / "run-0").steps == 2
 
 
 def test_an_ordinary_run_does_not_go_on_inside_a_sweep(tmp_path: Path):

@@ -12,26 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from settling import config, stored
 
 import patchword
 from patchword import PatchwordError, UsageError, load_model
 from patchword.cli import main as cli
 from patchword.run.inputs import Inputs
-from patchword.spec.parse import parse
-from patchword.spec.train import TrainSpec
 from patchword.training.criterion import TOP1
 from patchword.training.log import read_lines
-from patchword.training.loop import Run
+from patchword.training.loop import Loop
 from patchword.training.recipes import recipe_spec
 from patchword.training.trainer import Trainer
 from patchword.weights.load import read_weights
 
 Command = Callable[..., tuple[int, str, str]]
 MakePhotos = Callable[..., Path]
-
-
-def config(run: Path) -> TrainSpec:
-    return parse(TrainSpec, json.loads((run / "config.json").read_text()))
 
 
 def test_the_run_directory(finished: Path, photos: Path):
@@ -248,8 +243,8 @@ def test_transfer_from_a_run(
 def test_transfer_keeps_the_size_and_channels_of_the_weights(finished: Path, tmp_path: Path):
     """Grey digits of 8 px become what the weights take: 16 px in colour."""
     result = patchword.train("digits", init=finished, steps=1, batch_size=8, out=tmp_path / "run")
-    model = load_model(result.run)
-    assert model.spec.image_size == config(result.run).image_size == (16, 16)
+    model = load_model(result.folder)
+    assert model.spec.image_size == config(result.folder).image_size == (16, 16)
     assert model.spec.in_channels == 3
 
 
@@ -294,14 +289,14 @@ def test_python_takes_paths(finished: Path, make_photos: MakePhotos, tmp_path: P
         workers=0,
         device="cpu",
     )
-    assert result.run == tmp_path / "run"
+    assert result.folder == tmp_path / "run"
     assert result.split == "test"
     assert result.result is not None
-    assert patchword.evaluate(result.run, data).split == "test"
-    again = patchword.train(config(result.run), out=tmp_path / "copy")
+    assert patchword.evaluate(result.folder, data).split == "test"
+    again = patchword.train(config(result.folder), out=tmp_path / "copy")
     assert again.summary["steps"] == 2
     with pytest.raises(UsageError, match="whole spec is no base for recipe 'photos'"):
-        patchword.train(config(result.run), "photos")
+        patchword.train(config(result.folder), "photos")
     with pytest.raises(UsageError, match="unknown setting 'lrr'; did you mean lr"):
         patchword.train(data, lrr=1)
 
@@ -329,7 +324,7 @@ def test_time_becomes_steps_once(photos: Path, tmp_path: Path, flags: list[str],
     spec = config(tmp_path / "run")
     assert spec.steps is not None
     assert spec.steps >= 1
-    assert spec.time == "6s"
+    assert stored(tmp_path / "run").request.time == "6s"
     assert "6s: " in err
     code, _, err = command("train", photos, *words)
     assert code == 0, err
@@ -390,15 +385,15 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path):
         "tensorboard": True,
         "out": tmp_path,
     }
-    show = Run.show
+    show = Loop.show
 
-    def show_and_die(self: Run, *args: Any) -> None:
+    def show_and_die(self: Loop, *args: Any) -> None:
         show(self, *args)
         if self.trainer.progress.step == 3:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "show", show_and_die)
+        patch.setattr(Loop, "show", show_and_die)
         with pytest.raises(KeyboardInterrupt):
             patchword.train("digits", **settings)
     patchword.train("digits", **settings)
@@ -425,9 +420,9 @@ def test_too_little_memory_is_explained(
         raise error
 
     monkeypatch.setattr(Trainer, "step", fail)
-    with pytest.raises(PatchwordError, match="out of memory with 8 images at a time; use --accum"):
+    with pytest.raises(PatchwordError, match="out of memory with 8 images at a time; use --parts"):
         patchword.train(
-            "digits", depth=1, batch_size=16, accumulate=2, workers=0, out=tmp_path, **length
+            "digits", depth=1, batch_size=16, parts=2, workers=0, out=tmp_path, **length
         )
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from settling import config, settled
 
 from patchword.data.sources import open_source
 from patchword.models.zoo import create_model
-from patchword.run.inputs import Inputs
-from patchword.session.device import resolve_device
+from patchword.run.inputs import Data, Inputs
 from patchword.spec.parse import changed
 from patchword.spec.train import TrainSpec
 from patchword.weights.load import load_model
@@ -65,8 +64,7 @@ def test_weights_of_the_run_are_whole_and_plain(
     assert ("blocks.0.mlp.hidden.weight" in same) == (words[1] == "last")
     assert "norm.bias" not in same
     assert load_model(run).classes == ("blue", "red")
-    config = json.loads((run / "config.json").read_text())
-    assert config["tuning"]["tune"] == words[1]
+    assert config(run).tuning.tune == words[1]
 
 
 @pytest.mark.parametrize(
@@ -110,15 +108,14 @@ def test_imbalance_is_said(
 
 def inputs_of(data: Path, balance: str) -> Inputs:
     source = open_source(str(data))
-    spec = changed(TrainSpec(source=str(data), batch_size=15), balance=balance, crop="resize")
+    asked = changed(TrainSpec(source=str(data), batch_size=15), balance=balance, crop="resize")
     parts = {
         part: np.flatnonzero([f"/{part}/" in source.location(i) for i in range(len(source))])
         for part in ("train", "val", "test")
     }
     model = create_model("ViT-mu/8", 2, 16)
-    return Inputs(
-        source=source, division=parts, spec=spec, model=model, device=resolve_device("cpu")
-    )
+    settings = settled(asked)
+    return Inputs(data=Data(source=source, division=parts), settled=settings, model=model)
 
 
 def test_the_sampler_balances_the_batches(uneven: Path):

@@ -76,7 +76,7 @@ def vits(draw: st.DrawFn) -> ViTSpec:
 
 @st.composite
 def trainings(draw: st.DrawFn) -> TrainSpec:
-    accumulate = draw(st.integers(1, 8))
+    parts = draw(st.integers(1, 8))
     return TrainSpec(
         source=draw(st.text()),
         recipe=draw(st.none() | st.text()),
@@ -84,7 +84,7 @@ def trainings(draw: st.DrawFn) -> TrainSpec:
         steps=draw(st.none() | positive),
         epochs=draw(st.none() | st.floats(0.1, 1000)),
         time=draw(st.none() | st.sampled_from(["30m", "2h", "90s"])),
-        batch_size=accumulate * draw(st.integers(1, 99)),
+        batch_size=parts * draw(st.integers(1, 99)),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         precision=draw(st.sampled_from(["auto", "float32", "bfloat16"])),
         workers=draw(st.none() | st.integers(0, 9)),
@@ -94,7 +94,7 @@ def trainings(draw: st.DrawFn) -> TrainSpec:
         preprocess=PreprocessOptions(mean=(0.1, 0.2), crop_fraction=draw(st.none() | shares)),
         data=DataSpec(val_fraction=draw(st.floats(0, 0.4))),
         augment=AugmentSpec(flip=draw(st.booleans()), mixup=draw(rates)),
-        optim=OptimSpec(lr=draw(rates), accumulate=accumulate, beta2=draw(shares)),
+        optim=OptimSpec(lr=draw(rates), parts=parts, beta2=draw(shares)),
     )
 
 
@@ -207,7 +207,7 @@ NAN, INF = float("nan"), float("inf")
             for name in ("beta1", "beta2", "momentum", "label_smoothing", "average")
             for value in (-0.1, 1.0, NAN)
         ],
-        (OptimSpec, {"accumulate": 0}),
+        (OptimSpec, {"parts": 0}),
         (OptimSpec, {"rsqrt_timescale": 0}),
         *[(OptimSpec, {"layer_decay": value}) for value in (0.0, 1.1, NAN)],
         (TuneSpec, {"last_blocks": -1}),
@@ -223,7 +223,7 @@ NAN, INF = float("nan"), float("inf")
         (TrainSpec, {"batch_size": 0}),
         (TrainSpec, {"keep": 0}),
         (TrainSpec, {"workers": -1}),
-        (TrainSpec, {"batch_size": 10, "optim": OptimSpec(accumulate=3)}),
+        (TrainSpec, {"batch_size": 10, "optim": OptimSpec(parts=3)}),
         (TrainSpec, {"time": "soon"}),
         (TrainSpec, {"image_size": ()}),
         (TrainSpec, {"image_size": (1, 2, 3)}),

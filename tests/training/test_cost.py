@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from settling import settled
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchword.models.layers import kept_patches
@@ -47,7 +48,7 @@ def counted_flops(name: str, size: int, options: dict[str, Any], tuning: dict[st
     torch.manual_seed(0)
     model = create_model(name, 100, size, **options)
     spec = changed(TrainSpec(source="digits"), batch_size=IMAGES, **tuning)
-    trainer = Trainer(model, spec, torch.device("cpu"), torch.bfloat16)
+    trainer = Trainer(model, settled(spec, torch.bfloat16))
     images, targets = torch.randn(IMAGES, 3, size, size), torch.arange(IMAGES)
     with FlopCounterMode(display=False) as counter:
         trainer.step(images, targets, 0.1)

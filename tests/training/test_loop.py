@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from settling import settled
 
 from patchword.models.zoo import create_model
 from patchword.spec.batch import Batch
@@ -28,7 +29,7 @@ def test_due_at_every_multiple_and_once_at_the_end(total, every):
 def trainer_of(dtype=torch.float32, **changes):
     torch.manual_seed(0)
     spec = changed(TrainSpec(source="digits"), **changes)
-    return Trainer(create_model("ViT-mu/2", 10, 8, dropout=0.1), spec, torch.device("cpu"), dtype)
+    return Trainer(create_model("ViT-mu/2", 10, 8, dropout=0.1), settled(spec, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,8 +45,8 @@ def test_micro_batches_add_up_to_the_step():
     """Without dropout, accumulation changes rounding only."""
     images, targets = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
     weights, norms = [], []
-    for accumulate in (1, 3):
-        trainer = trainer_of(accumulate=accumulate, batch_size=12, optimizer="sgd", clip=0.5)
+    for parts in (1, 3):
+        trainer = trainer_of(parts=parts, batch_size=12, optimizer="sgd", clip=0.5)
         trainer.model.eval()
         trainer.working.train = lambda mode=True: None
         norms.append([trainer.step(images, targets, 0.1)[1] for _ in range(3)])
@@ -69,7 +70,7 @@ def test_draws_depend_on_the_position_alone():
 
 def test_micro_batches_drop_different_units():
     """Equal images in two of them."""
-    trainer = trainer_of(accumulate=2, lr=1e-3)
+    trainer = trainer_of(parts=2, lr=1e-3)
     assert trainer.model.head is not None
     torch.nn.init.normal_(trainer.model.head.weight)
     logits = []

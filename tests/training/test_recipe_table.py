@@ -385,7 +385,7 @@ def test_nothing_else_departs_from_the_ordinary(name: str):
     """What no recipe uses, so that a row needs no column for it."""
     spec = recipe_spec(name, "x")
     optim = spec.optim
-    assert (optim.cooldown, optim.final_lr, optim.decay_all, optim.accumulate) == (0, 0, False, 1)
+    assert (optim.cooldown, optim.final_lr, optim.decay_all, optim.parts) == (0, 0, False, 1)
     assert (spec.data.balance, spec.data.train_images, spec.seed) == ("none", None, 0)
     assert spec.augment.crop_aspect == (0.75, 4 / 3)
     unused = ("layer_scale", "registers", "qk_norm", "activation", "patch_dropout", "distillation")

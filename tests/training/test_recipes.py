@@ -181,7 +181,7 @@ def test_table_4(name: str):
         512,
         (384, 384),
     )
-    assert "--accumulate" in RECIPES[name].title
+    assert "--parts" in RECIPES[name].title
     assert optim.average == 0.0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from settling import settled
 from torch import Tensor, nn
 
 from patchword.models.model import Model
@@ -37,7 +38,7 @@ def shaken(name: str = "ViT-mu/8", size: int = 16, **options: Any) -> Model:
 
 
 def trainer_of(model: Model, dtype: torch.dtype = torch.float32, **changes: Any) -> Trainer:
-    return Trainer(model, changed(TrainSpec(source="digits"), **changes), CPU, dtype)
+    return Trainer(model, settled(changed(TrainSpec(source="digits"), **changes), dtype))
 
 
 def batch(images: int = 6, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -178,7 +179,7 @@ def test_the_rest_stays_and_the_optimiser_holds_no_more(tune: str, dtype: torch.
     for _ in range(2):
         trainer.step(*batch(), 0.01)
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
-    tuning = trainer.spec.tuning
+    tuning = trainer.settled.request.tuning
     assert moved == set(trained_names(model, tuning))
     slots = {id(p) for p in trainer.optimizer.state}
     assert slots == {id(p) for p in trainer.trained.values()}
@@ -280,8 +281,8 @@ def test_logits_and_gradients_are_those_of_the_formula(dtype: torch.dtype, toler
 def test_micro_batches_of_additions_add_up():
     """1e-5 relative in float32, over two SGD steps."""
     found = []
-    for accumulate in (1, 3):
-        trainer = lora(accumulate=accumulate, batch_size=6, optimizer="sgd", clip=0.5)
+    for parts in (1, 3):
+        trainer = lora(parts=parts, batch_size=6, optimizer="sgd", clip=0.5)
         for _ in range(2):
             trainer.step(*batch(), 0.1)
         found.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))

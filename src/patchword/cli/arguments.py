@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from patchword.spec.parse import UsageError, parse, to_dict
+from patchword.spec.settled import read_config, renamed
 from patchword.spec.train import LENGTHS, Device, Precision, TrainSpec, with_length, without_rates
 from patchword.training.recipes import base_spec, merge
 
@@ -26,7 +27,9 @@ class TrainArguments(TrainSpec):
     source: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
     """a folder with a folder per class, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
     config: str | None = None
-    """a config.json to start from, such as that of another run"""
+    """a config.json to start from, such as that of another run: what was asked of it"""
+    settled: bool = False
+    """with --config: what that run found too, so that nothing is chosen anew"""
     out: str | None = None
     """the run directory, by default runs/DATA-MODEL"""
     overwrite: bool = False
@@ -328,19 +331,39 @@ def read(cls: type[T], words: Sequence[str], command: str, **options: Any) -> T:
     return tyro.cli(cls, prog=f"patchword {command}", args=list(words), **options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    """The words of `patchword train` that decide what its other settings are by default."""
+
+    config: str | None = None
+    settled: bool = False
+    recipe: str | None = None
+    init: str | None = None
+    objective: str | None = None
+    out: str | None = None
+    """not of use here, but no source either"""
+    steps: str | None = None
+    epochs: str | None = None
+    images: str | None = None
+    time: str | None = None
+    lr: str | None = None
+    rates: tuple[str, ...] | None = None
+
+
 def read_train(words: Sequence[str]) -> tuple[TrainArguments, TrainSpec]:
-    """The arguments of `patchword train`, and the settings that they make with --config or
-    --recipe. Raises `UsageError`."""
-    base = _base_spec(words)
+    """The arguments of `patchword train`, and the request that they make with --config or --recipe.
+    Raises `UsageError`."""
+    given, rest = tyro.cli(_Base, args=list(words), return_unknown_args=True, add_help=False)
+    lengths = [f"--{name}" for name in LENGTHS if getattr(given, name) is not None]
+    if len(lengths) > 1:
+        raise UsageError(f"{' and '.join(lengths)} both set the length of the run; give one")
+    base = _base_spec(given, "digits" if "digits" in rest else "")
     default = TrainArguments(**_settings(base))
     args = read(
         TrainArguments, words, "train", default=default, config=(tyro.conf.OmitArgPrefixes,)
     )
-    lengths = [f"--{name}" for name in LENGTHS if _option(words, name) is not None]
-    if len(lengths) > 1:
-        raise UsageError(f"{' and '.join(lengths)} both set the length of the run; give one")
     spec = with_length(args.spec, base)
-    if _option(words, "lr") is not None and _option(words, "rates") is None:
+    if given.lr is not None and given.rates is None:
         spec = without_rates(spec)
     return args, spec
 
@@ -349,56 +372,42 @@ def _settings(spec: TrainSpec) -> dict[str, Any]:
     return {f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSpec)}
 
 
-def _base_spec(words: Sequence[str]) -> TrainSpec:
+def _base_spec(given: _Base, source: str) -> TrainSpec:
     """The settings of --config or --recipe, which the flags are laid over."""
-    config, recipe, init, objective = (
-        _option(words, name) for name in ("config", "recipe", "init", "objective")
-    )
-    if config is not None:
-        base = _config_spec(Path(config), recipe, init)
+    if given.config is not None:
+        base = _config_spec(Path(given.config), given)
         return dataclasses.replace(base, source=base.source or tyro.MISSING)
-    base = base_spec(_source(words), recipe, init, objective)
+    if given.settled:
+        raise UsageError("--settled goes with --config FILE, whose run it repeats")
+    base = base_spec(source, given.recipe, given.init, given.objective)
     return dataclasses.replace(base, source=tyro.MISSING)
 
 
-def _source(words: Sequence[str]) -> str:
-    """The source, before the real parser is built: the first word, else `digits` if it is there;
-    others need not be told apart."""
-    if words and not words[0].startswith("-"):
-        return words[0]
-    values = ("--out", "--init", "--recipe", "--objective")
-    pairs = zip(["", *words], words, strict=False)
-    found = any(word == "digits" and before not in values for before, word in pairs)
-    return "digits" if found else ""
-
-
-def _config_spec(path: Path, recipe: str | None, init: str | None) -> TrainSpec:
-    """The settings of a config file, laid over those of its recipe, or of `recipe`."""
+def _config_spec(path: Path, given: _Base) -> TrainSpec:
+    """The request of a config file, or with --settled all of it, laid over that of its recipe or of
+    the one that is given."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
+    if not isinstance(config, dict):
         raise UsageError(f"--config {path} holds no JSON object; give a run's config.json")
+    if given.settled:
+        settled = read_config(config).settled
+        if settled is None:
+            raise UsageError(f"--config {path} is of several runs; take that of one, without them")
+        return settled.pinned()
+    values = config.get("request", renamed(config))
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} holds no request; give a run's config.json")
     for name in ("source", "recipe", "init", "objective"):
         if not isinstance(values.get(name), str | None):
             raise UsageError(f"--config {path}: {name} must be a string, not {values[name]!r}")
-    named, weights = recipe or values.get("recipe"), init or values.get("init")
-    base = base_spec(values.get("source") or "", named, weights, values.get("objective"))
+    recipe, init = given.recipe or values.get("recipe"), given.init or values.get("init")
+    base = base_spec(values.get("source") or "", recipe, init, values.get("objective"))
     length = next((name for name in LENGTHS if values.get(name) is not None), None)
-    if length is not None:  # with steps, the length that was found, not how it was asked for
-        values |= {name: None for name in LENGTHS if name != length}
-    if values.get("steps") is not None and isinstance(values.get("optim"), dict):
-        values["optim"] = values["optim"] | {"rates": []}  # that of the run has been chosen
+    if length is not None:  # with steps, in a file of before 0.2, the length that was found
+        values = values | {name: None for name in LENGTHS if name != length}
+    if "request" not in config and length == "steps" and isinstance(values.get("optim"), dict):
+        values = merge(values, {"optim": {"rates": []}})  # as has the rate of that run
     return parse(TrainSpec, merge(to_dict(base), values))
-
-
-def _option(words: Sequence[str], name: str) -> str | None:
-    """The last value of --name, before the real parser is built."""
-    found = None
-    for word, following in zip(words, [*words[1:], None], strict=False):
-        if word == f"--{name}":
-            found = following
-        elif word.startswith(f"--{name}="):
-            found = word.partition("=")[2]
-    return found

@@ -51,9 +51,9 @@ def train(arguments: Sequence[str]) -> int:
 
     result = run(spec, out=args.out, overwrite=args.overwrite, console=err)
     if args.json:
-        out.print_json(data={"run": str(result.run)} | result.summary)
+        out.print_json(data={"run": str(result.folder)} | result.summary)
     else:
-        tables.show_run(result.run, result.summary)
+        tables.show_run(result.folder, result.summary)
     return 0
 
 
@@ -69,7 +69,7 @@ def _sweep(args: TrainArguments, spec: TrainSpec) -> int:
         console=err,
     )
     if args.json:
-        out.print_json(data={"run": str(done.run)} | done.to_dict())
+        out.print_json(data={"run": str(done.folder)} | done.to_dict())
         return 0
     tables.show_sweep(done, sweep_rows(done.to_dict()))
     return 0
@@ -211,9 +211,9 @@ def demo(arguments: Sequence[str]) -> int:
 
     result = run("digits", out=args.out, overwrite=args.overwrite, seed=args.seed, console=err)
     if args.json:
-        out.print_json(data={"run": str(result.run)} | result.summary)
+        out.print_json(data={"run": str(result.folder)} | result.summary)
     else:
-        tables.show_run(result.run, result.summary)
+        tables.show_run(result.folder, result.summary)
     return 0
 
 

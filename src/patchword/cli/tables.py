@@ -87,7 +87,7 @@ def _classified(summary: dict[str, Any]) -> str:
 def show_sweep(swept: SweepResult, rows: Sequence[Sequence[str]]) -> None:
     """The learning rates, the runs, and where they are."""
     show_table(("run", "top-1", "measured on"), rows)
-    say_pairs({"weights": swept.run, "report": swept.run / "report.html"})
+    say_pairs({"weights": swept.folder, "report": swept.folder / "report.html"})
 
 
 def show_classification(result: Classification) -> None:

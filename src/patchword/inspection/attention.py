@@ -1,13 +1,14 @@
 """What the heads attend to: distance, entropy, maps and rollout, as arrays.
 
 Paper section 4.5, D.7 and D.8: figures 6, 7 right, 11 and 14. Images are normalised float
-`[B, C, H, W]` of the model's size, on any device; they are taken in batches that fit memory.
-Everything here raises `PatchwordError` for models without attention (`require_vit`) and for images
-of another size.
+`[B, C, H, W]` of a size that the model takes, on any device; the grid is theirs. They are taken in
+batches that fit memory. Everything here raises `PatchwordError` for models without attention
+(`require_vit`) and for images that the model does not take.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ def distance_of(
 
 
 def uniform_distance(spec: ViTSpec) -> float:
-    """`distance_of` a head that attends to all patches alike, in pixels: the mean over all pairs of
-    patches."""
+    """`distance_of` a head that attends to all patches alike, in pixels of an image of the spec's
+    size: the mean over all pairs of patches."""
     return float(_distances(spec.grid, spec.patch_size).mean())
 
 
@@ -104,20 +105,19 @@ def attention_distance(model: nn.Module, images: Tensor) -> Array:
     """Mean attention distance of each head over the images (figures 7 right and 11), in pixels of
     the model's input: `[layers, heads]`. Of a hybrid, a patch is `spec.patch_size` pixels wide. See
     `distance_of`."""
-    return _means(model, [images], [_distance(require_vit(model).spec)])[0][0]
+    return _means(model, [images], [_distance])[0][0]
 
 
 def attention_entropy(model: nn.Module, images: Tensor) -> Array:
     """Mean entropy of each head's attention over queries and images, in nats: `[layers, heads]`.
     Every token is a query and a key, the class token and registers too. See `entropy_of`."""
-    return _means(model, [images], [entropy_of])[0][0]
+    return _means(model, [images], [_entropy])[0][0]
 
 
 def measure_attention(model: nn.Module, batches: Iterable[Tensor]) -> AttentionMeasures:
     """`attention_distance` and `attention_entropy` in one pass over batches of images, of any
     number and size: the mean over all images."""
-    spec = require_vit(model).spec
-    (distance, entropy), images = _means(model, batches, [_distance(spec), entropy_of])
+    (distance, entropy), images = _means(model, batches, [_distance, _entropy])
     return AttentionMeasures(distance, entropy, images)
 
 
@@ -129,7 +129,7 @@ def attention_maps(model: nn.Module, images: Tensor, query: tuple[int, int] | No
     token, distillation token or registers, what is missing to 1 goes to them. Raises `UsageError`
     if the query is not on the grid.
     """
-    spec = require_vit(model).spec
+    spec = _spec_for(model, images)
     asked = query_token(spec, query)
 
     def ask(weights: Tensor) -> Array:
@@ -146,27 +146,43 @@ def rollout(model: nn.Module, images: Tensor) -> Array:
     The shares of class token, distillation token and registers are left out, so that the sum is
     below 1 where there are any. See `rollout_of`.
     """
-    spec = require_vit(model).spec
+    spec = _spec_for(model, images)
     asked = query_token(spec, None)
     parts = [rollout_of(attention_layers(model, part)) for part in batched(model, images)]
     return np.concatenate([_array(_row(part, spec, asked)) for part in parts])
 
 
-def _distance(spec: ViTSpec) -> Callable[[Tensor], Tensor]:
-    return lambda weights: distance_of(weights, spec.prefix, spec.grid, spec.patch_size)
+def _spec_for(model: nn.Module, images: Tensor) -> ViTSpec:
+    """The model's spec, were it made for images of this size."""
+    vit = require_vit(model)
+    vit.check(images)
+    return dataclasses.replace(vit.spec, image_size=(images.shape[2], images.shape[3]))
+
+
+Measure = Callable[[Tensor, ViTSpec], Tensor]
+"""Of attention, `[B, h, T, T]`, and the spec for the images' size: `[B, h]`."""
+
+
+def _distance(weights: Tensor, spec: ViTSpec) -> Tensor:
+    return distance_of(weights, spec.prefix, spec.grid, spec.patch_size)
+
+
+def _entropy(weights: Tensor, spec: ViTSpec) -> Tensor:
+    return entropy_of(weights)
 
 
 def _means(
-    model: nn.Module, batches: Iterable[Tensor], measures: list[Callable[[Tensor], Tensor]]
+    model: nn.Module, batches: Iterable[Tensor], measures: list[Measure]
 ) -> tuple[list[Array], int]:
-    """The mean over all images of each measure, `[B, h, T, T]` to `[B, h]`: `[layers, heads]` each,
-    leaving out what is NaN; and the number of images."""
-
-    def measured(weights: Tensor) -> list[Array]:
-        return [_array(measure(weights)) for measure in measures]
-
+    """The mean over all images of each measure, `[layers, heads]`, leaving out what is NaN; and the
+    number of images."""
     sums, counts, images = 0.0, 0, 0
     for batch in batches:
+        spec = _spec_for(model, batch)
+
+        def measured(weights: Tensor, spec: ViTSpec = spec) -> list[Array]:
+            return [_array(measure(weights, spec)) for measure in measures]
+
         for part in batched(model, batch):
             # [measures, layers, B, heads]
             values = np.stack(_each(measured, model, part), axis=1)

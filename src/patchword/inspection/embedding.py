@@ -6,22 +6,19 @@ Paper section 4.5 and D.7: figure 7 left and centre, figure 10.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from patchword.inspection.recorder import (
-    attention_inputs,
-    batched,
-    queries_and_keys,
-    require_vit,
-)
+from patchword.inspection.recorder import attention_inputs, batched, require_vit
+from patchword.inspection.tokens import finite_array
 from patchword.models.model import Model
-from patchword.models.position import PositionTable, Relative, Rotary
 from patchword.models.vit import ViT
+from patchword.spec.batch import Grid
 from patchword.spec.parse import PatchwordError
 
 
@@ -40,7 +37,7 @@ def embedding_filters(
     rank of the centred filters. Raises `PatchwordError` where the shape does not fit, a weight is
     not finite, or all filters are the same.
     """
-    filters = _matrix(weight)
+    filters = finite_array(weight)
     expected = patch_size[0] * patch_size[1] * channels
     if filters.ndim != 2 or filters.shape[1] != expected:
         raise PatchwordError(
@@ -69,7 +66,7 @@ def position_similarity(
     map of similarities with the patch in row i and column j. An all-zero embedding has similarity
     0 with everything. Raises `PatchwordError` where table and grid do not fit.
     """
-    vectors = _matrix(table)
+    vectors = finite_array(table)
     rows, cols = grid
     if vectors.ndim != 2 or len(vectors) != rows * cols:
         raise PatchwordError(
@@ -142,19 +139,20 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def position_vectors(model: Model) -> NDArray[np.float64] | None:
+def position_vectors(model: Model, grid: Grid | None = None) -> NDArray[np.float64] | None:
     """The table of positions that the model adds to its patches at the input, `[N, D]`, row by row,
-    without class token and registers: learned 1-D or 2-D, or sin-cos. None if it has none."""
-    position = model.position_in(0) if isinstance(model, ViT) else None
-    if not isinstance(position, PositionTable):
+    without class token and registers: learned 1-D or 2-D, or sin-cos; for a grid, by default that
+    of the spec. None if it has none."""
+    if not isinstance(model, ViT):
         return None
-    grid = cast(ViT, model).spec.grid
-    return _matrix(position()[0, -grid[0] * grid[1] :])
+    table, _ = model.positions_of(None, grid or model.spec.grid)
+    return None if table is None else finite_array(table[0, model.spec.prefix :])
 
 
 def induced_bias(model: Model, layer: int, images: torch.Tensor) -> NDArray[np.float64]:
     """What a position rule does to a layer's attention between patches, `[heads, rows, cols, rows,
-    cols]`: entry (h, i, j) is the map of the patch in row i and column j as a query.
+    cols]`, on the grid of `images`: entry (h, i, j) is the map of the patch in row i and column j
+    as a query.
 
     Relative positions (D.4): what is added to the logits (after the scale) for the mean query over
     all patches of `images`, normalised `[B, C, H, W]`. Rotary: the mean over the pairs of channels
@@ -163,43 +161,33 @@ def induced_bias(model: Model, layer: int, images: torch.Tensor) -> NDArray[np.f
     `PatchwordError` where no rule acts in the layer (0 first).
     """
     vit = require_vit(model)
-    rule = vit.position_in(layer) if 0 <= layer < vit.spec.depth else None
-    grid, heads = vit.spec.grid, vit.spec.heads
-    if isinstance(rule, Rotary):
-        kernel = _matrix(rule.cos) @ _matrix(rule.cos).T + _matrix(rule.sin) @ _matrix(rule.sin).T
-        bias = np.broadcast_to(kernel / rule.cos.shape[1], (heads, *kernel.shape))
-    elif isinstance(rule, Relative):
-        bias = _relative_bias(vit, layer, rule, images)
-    else:
+    vit.check(images)
+    spec, grid = vit.spec, vit.grid_of(images)
+    rule = vit.positions_of(layer, grid)[1] if 0 <= layer < spec.depth else None
+    if rule is None:
         raise PatchwordError(
             f"no relative or rotary positions act in layer {layer} of position "
-            f"{vit.spec.position!r}; tables have a position_similarity instead"
+            f"{spec.position!r}; tables have a position_similarity instead"
         )
-    return bias.reshape(heads, *grid, *grid)
+    size = (1, spec.heads, spec.prefix + math.prod(grid), spec.width // spec.heads)
+    if spec.position == "rotary":
+        ones = torch.ones(size, dtype=torch.float64, device=images.device)
+        q, k, _ = rule(ones, ones)
+        bias = q @ k.transpose(-2, -1) / size[-1]
+    else:
+        mean = _mean_query(vit, layer, images)[None, :, None].expand(size)
+        with torch.no_grad():
+            bias = cast(torch.Tensor, rule(mean, mean)[2])
+    return finite_array(bias[0, :, spec.prefix :, spec.prefix :]).reshape(spec.heads, *grid, *grid)
 
 
-def _relative_bias(
-    vit: ViT, layer: int, rule: Relative, images: torch.Tensor
-) -> NDArray[np.float64]:
-    """The mean over queries and images of the bias on the logits, `[h, N, N]`."""
-    prefix = vit.spec.prefix
-    total = torch.zeros(())
+def _mean_query(vit: ViT, layer: int, images: torch.Tensor) -> torch.Tensor:
+    """The mean over patches and images of what a layer's patches ask for, `[h, d]`, before the rule
+    acts."""
+    total = 0
     for part in batched(vit, images):
         attention, x, _ = next(itertools.islice(attention_inputs(vit, part), layer, None))
-        query = queries_and_keys(attention, x)[0][:, :, prefix:]  # [b, h, N, d]
-        total = total + query.mean(2).sum(0).cpu()
-    mean = (total / len(images)).to(rule.offsets)[None, :, None]  # [1, h, 1, d]
-    tokens = prefix + vit.spec.grid[0] * vit.spec.grid[1]
-    mean = mean.expand(1, -1, tokens, -1)
-    with torch.no_grad():
-        _, _, bias = rule(mean, mean)
-    return _matrix(cast(torch.Tensor, bias)[0, :, prefix:, prefix:])
-
-
-def _matrix(values: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
-    if isinstance(values, torch.Tensor):
-        values = cast(Any, values.detach().cpu().double().numpy())
-    matrix = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(matrix).all():
-        raise PatchwordError("the embedding holds NaN or Inf; use an earlier checkpoint")
-    return matrix
+        with torch.no_grad():
+            query = attention.heads_of(x)[0][:, :, vit.spec.prefix :]  # [b, h, N, d]
+        total = total + query.mean(2).sum(0)
+    return cast(torch.Tensor, total) / len(images)

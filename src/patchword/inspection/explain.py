@@ -6,12 +6,8 @@ outside; deletion and insertion (arXiv 1806.07421) measure either.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from patchword.inspection.recorder import attend, attention_weights, evaluating, require_vit
+from patchword.inspection.recorder import block_inputs, require_vit, twin
 from patchword.inspection.removal import (
     STEPS,
     Curves,
@@ -28,7 +24,8 @@ from patchword.inspection.removal import (
     occlusion,
     removal_curves,
 )
-from patchword.models.layers import AttentionPool, Block, SelfAttention
+from patchword.models.attention import Rule
+from patchword.models.layers import Block
 from patchword.models.model import Model
 from patchword.models.vit import ViT
 
@@ -60,24 +57,28 @@ def gradient_rollout(model: nn.Module, images: Tensor, classes: Tensor) -> NDArr
     vit = require_vit(model)
     vit.check(images)
     classes = checked_classes(vit, classes, len(images))
-    with evaluating(vit), torch.enable_grad(), ExitStack() as norms:
-        for module in vit.modules():
-            if isinstance(module, nn.LayerNorm):
-                norms.enter_context(_hooked(module, _constant_scale))
-        given, last, logits, probe = _passed(vit, images.to(vit.patch_embedding.weight))
+    return _rollout(_with_constant_scale(vit), images, classes)
+
+
+def _rollout(vit: ViT, images: Tensor, classes: Tensor) -> NDArray[np.float64]:
+    """`gradient_rollout`, of a model whose LayerNorms have a constant scale."""
+    inputs = list(block_inputs(vit, images))
+    block, x, rule = inputs[-1]
+    with torch.no_grad():
+        last = block(x, rule, vit.read)  # where the graph begins
+    with torch.enable_grad():
+        logits, probe = _read(vit, last.requires_grad_())
         score = log_odds(vit, logits.cpu(), classes).sum()
         gradient, *of_probe = grad(score, [last, *probe])
-        row = _relevance(probe[0], of_probe[0]) if probe else _first_row(vit, given[0][0])
-        blocks = [block for block in vit.blocks if isinstance(block, Block)]
-        for block, arguments in zip(reversed(blocks), reversed(given), strict=True):
-            weights: list[Tensor] = []
-            x = arguments[0].requires_grad_()
-            with _hooked(block.attention, functools.partial(_explicit, weights)):
-                output = block(*arguments)
-            gradient, of_weights = grad(output, [x, *weights], gradient)
-            row = row + row @ _relevance(weights[0], of_weights)
+        row = _relevance(probe[0], of_probe[0]) if probe else _first_row(vit, x)
+        for block, x, rule in reversed(inputs):
+            first = vit.read if block is vit.blocks[-1] else None
+            output, weights = _explicit(block, x.requires_grad_(), rule, first)
+            gradient, of_weights = grad(output, [x, weights], gradient)
+            row = row + row @ _relevance(weights, of_weights)
+            del weights, of_weights, output  # before the next layer's are computed
     patches = row[:, 0, vit.spec.prefix :]
-    return patches.reshape(-1, *vit.spec.grid).cpu().double().numpy()
+    return patches.reshape(-1, *vit.grid_of(images)).cpu().double().numpy()
 
 
 def _relevance(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -96,39 +97,13 @@ def _first_row(vit: ViT, tokens: Tensor) -> Tensor:
     return row
 
 
-def _passed(vit: ViT, images: Tensor) -> tuple[list[tuple[Any, ...]], Tensor, Tensor, list[Tensor]]:
-    """What each block was given; the output of the last, where the graph begins; the logits; and
-    of attention pooling the weights `[B, h, 1, T]`."""
-    given: list[tuple[Any, ...]] = []
-    outputs: list[Tensor] = []
-    probe: list[Tensor] = []
-
-    def before(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        given.append((arguments[0].detach(), *arguments[1:]))
-        return given[-1]
-
-    def after(block: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        outputs[:] = [output.detach().requires_grad_(block is vit.blocks[-1])]
-        return outputs[0]
-
-    with ExitStack() as hooks:
-        for block in vit.blocks:
-            hooks.callback(block.register_forward_pre_hook(before).remove)
-            hooks.enter_context(_hooked(block, after))
-        if vit.pool is not None:
-            hooks.enter_context(_hooked(vit.pool, functools.partial(_explicit_pool, probe)))
-        logits = vit(images)
-    return given, outputs[0], logits, probe
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, what `hook(module, arguments, output)` returns replaces the module's output."""
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _with_constant_scale(vit: ViT) -> ViT:
+    """A twin of the model, in whose gradients the LayerNorms' standard deviation is a constant."""
+    vit = twin(vit)
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(_constant_scale)
+    return vit
 
 
 def _constant_scale(norm: nn.LayerNorm, arguments: tuple[Tensor], output: Tensor) -> Tensor:
@@ -139,26 +114,26 @@ def _constant_scale(norm: nn.LayerNorm, arguments: tuple[Tensor], output: Tensor
     return centred * scale * norm.weight + norm.bias
 
 
+def _read(vit: ViT, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The logits from what the last block puts out; and of attention pooling the weights,
+    `[B, h, 1, T]`, through which they go."""
+    x = vit.normed(x)
+    if vit.pool is None:
+        return vit.logits(x), []
+    weights = vit.pool.weights(x)
+    return vit.classify(vit.pool.applied(weights, x)), [weights]
+
+
 def _explicit(
-    kept: list[Tensor], attention: SelfAttention, arguments: tuple[Any, ...], output: Tensor
-) -> Tensor:
-    """The same output by way of explicit weights, `[B, h, T, T]`, which `kept` receives."""
-    x, wanted, position = arguments
-    kept.append(attention_weights(attention, x, position))
-    return attend(attention, kept[-1], x)[:, :wanted]
-
-
-def _explicit_pool(
-    kept: list[Tensor], pool: AttentionPool, arguments: tuple[Tensor], output: Tensor
-) -> Tensor:
-    """The same output by way of explicit weights, `[B, h, 1, T]`, which `kept` receives."""
-    (x,) = arguments
-    b, n, width = x.shape
-    q = pool.query(pool.probe).view(1, 1, pool.heads, -1).transpose(1, 2)
-    k, v = pool.key_value(x).view(b, n, 2, pool.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    kept.append((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1))
-    pooled = pool.projection((kept[-1] @ v).reshape(b, width))
-    return pooled + pool.mlp(pool.norm(pooled))
+    block: Block, x: Tensor, rule: Rule | None, first: int | None
+) -> tuple[Tensor, Tensor]:
+    """`block(x, rule, first)` by way of explicit weights of its attention, `[B, h, T, T]`, which
+    come with it."""
+    normed = block.norm1(x)
+    weights = block.attention.weights(normed, rule)
+    attended = block.attention.applied(weights, normed)[:, :first]
+    x = x[:, :first] + block.branch(attended, block.scale1)  # Eq. 2
+    return x + block.branch(block.mlp(block.norm2(x)), block.scale2), weights  # Eq. 3
 
 
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
@@ -217,10 +192,13 @@ def explain_class(
     curve of its reverse, read backwards, so that both areas are the same. Raises `PatchwordError`
     if images or classes do not fit the model.
     """
+    model.check(images)
+    classes = checked_classes(model, classes, len(images))
     maps = {}
     if isinstance(model, ViT):
+        vit = _with_constant_scale(model)
         parts = zip(images.split(1), classes.split(1), strict=True)
-        maps["rollout"] = np.concatenate([gradient_rollout(model, *part) for part in parts])
+        maps["rollout"] = np.concatenate([_rollout(vit, *part) for part in parts])
     maps["occlusion"] = occlusion(model, images, classes, window=window, batch_size=batch_size)
     orders = [_order(values) for values in maps.values()]
     generator = torch.Generator().manual_seed(seed)
@@ -228,13 +206,13 @@ def explain_class(
         order = torch.randperm(orders[0].shape[1], generator=generator)
         orders.append(order.expand(len(images), -1))
     curves = removal_curves(
-        *(model, images, classes, torch.stack(orders, 1)), steps=steps, batch_size=batch_size
+        model, images, classes, torch.stack(orders, 1), steps=steps, batch_size=batch_size
     )
-    found: list[Explanation] = []
+    explanations: list[Explanation] = []
     for at, target in enumerate(classes.tolist()):
         own = {name: values[at] for name, values in maps.items()}
         agreement = rank_correlation(*own.values()) if len(own) == 2 else math.nan
-        found.append(
+        explanations.append(
             Explanation(
                 target=target,
                 probability=float(curves.deletion[at, 0, 0]),
@@ -243,7 +221,7 @@ def explain_class(
                 curves=_named_curves(curves, at, list(own)),
             )
         )
-    return found
+    return explanations
 
 
 def _order(values: NDArray[np.float64]) -> Tensor:

@@ -74,14 +74,17 @@ class Positions:
 
 
 def model_positions(model: Model, images: Tensor) -> Positions:
-    """How the model tells positions apart. `images`, normalised `[B, C, H, W]`, at least one, count
-    for relative positions only. Raises `NotApplicable` where it has no position embedding."""
+    """How the model tells positions apart on the grid of `images`, normalised `[B, C, H, W]`, at
+    least one; what they show counts for relative positions only. Raises `NotApplicable` where it
+    has no position embedding."""
     if not isinstance(model, ViT):
         raise NotApplicable(f"a {type(model).__name__} has no position embedding")
     kind = model.spec.position
-    vectors = position_vectors(model)
+    model.check(images)
+    grid = model.grid_of(images)
+    vectors = position_vectors(model, grid)
     if vectors is not None:
-        values = position_similarity(vectors, model.spec.grid)
+        values = position_similarity(vectors, grid)
         title, unit = "Position embedding similarity", "cosine similarity"
     elif kind in ("rotary", "relative"):
         values = induced_bias(model, 0, images).mean(axis=0)

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchword.inspection.recorder import evaluating
+from patchword.inspection.recorder import twin
 from patchword.models.model import Model
 from patchword.models.vit import ViT
+from patchword.spec.batch import Grid
 from patchword.spec.model import MixerSpec, ViTSpec
 from patchword.spec.parse import PatchwordError
 
-Grid = tuple[int, int]
 Maps = NDArray[np.float64]
 
 CELLS = 14
@@ -35,13 +35,12 @@ BATCHES = {"cpu": 16}
 """Images with patches taken away, at a time, by device; elsewhere 64"""
 
 
-def patch_grid(model: Model) -> Grid:
-    """(rows, columns) of the patches that are taken away: the model's own, or for a ResNet 14 x 14
-    of the image, fewer if it has fewer pixels."""
+def patch_grid(model: Model, images: Tensor) -> Grid:
+    """(rows, columns) of the patches that are taken away from images `[B, C, H, W]`: the model's
+    own, or for a ResNet 14 x 14 of the image, fewer if it has fewer pixels."""
     if isinstance(model.spec, ViTSpec | MixerSpec):
-        return model.spec.grid
-    height, width = model.spec.image_size
-    return min(CELLS, height), min(CELLS, width)
+        return model.grid_of(images)
+    return min(CELLS, images.shape[2]), min(CELLS, images.shape[3])
 
 
 def drops_tokens(model: Model) -> bool:
@@ -57,55 +56,47 @@ def drops_tokens(model: Model) -> bool:
 
 class Removal:
     """A model's logits for images `[B, C, H, W]`, normalised, of which it sees some patches only.
-    No gradients; dropout is off."""
+    No gradients, no dropout."""
 
     def __init__(self, model: Model, images: Tensor, batch_size: int | None = None) -> None:
         model.check(images)
-        self.model = model
+        self.model = twin(model)
         self.images = images.to(next(model.parameters()))
         self.batch_size = batch_size or BATCHES.get(self.images.device.type, 64)
-        self.patches = math.prod(patch_grid(model))
+        self.grid = patch_grid(model, images)
+        self.patches = math.prod(self.grid)
 
     @torch.no_grad()
     def __call__(self, which: Tensor, seen: Tensor) -> Tensor:
         """Logits `[V, K]`, float64 on the CPU, of the images at `which`, int64 `[V]`, of which the
         patches at `seen`, int64 `[V, m]`, are there (row by row, from 0, none twice; m may be 0).
         Raises `PatchwordError` if a logit is not finite."""
-        parts: list[Tensor] = []
-        with evaluating(self.model):
-            for some, kept in zip(
-                which.split(self.batch_size), seen.split(self.batch_size), strict=True
-            ):
-                parts.append(self._logits(some, kept.to(self.images.device)).cpu().double())
-        logits = torch.cat(parts)
+        parts = zip(which.split(self.batch_size), seen.split(self.batch_size), strict=True)
+        device = self.images.device
+        logits = torch.cat(
+            [self._logits(some.to(device), kept.to(device)).cpu().double() for some, kept in parts]
+        )
         if not logits.isfinite().all():
             raise PatchwordError("the model answers NaN or Inf; use an earlier checkpoint")
         return logits
 
     def _logits(self, which: Tensor, seen: Tensor) -> Tensor:
-        model, images = self.model, self.images[which.to(self.images.device)]
+        model, images = self.model, self.images[which]
         whole = seen.shape[1] == self.patches
         # an average over no tokens at all does not exist: it is that of the blank image
         blank = not seen.shape[1] and not (isinstance(model, ViT) and model.spec.pool == "token")
         if whole or blank or not drops_tokens(model):
             return model(images if whole else self._painted(images, seen))
-        assert isinstance(model, ViT)
-        prefix = model.spec.prefix
-
-        def leave_out(block: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *rest = given
-            place = (seen + prefix).sort(1).values[:, :, None].expand(-1, -1, x.shape[2])
-            return torch.cat([x[:, :prefix], x.gather(1, place)], dim=1), *rest
-
-        handle = model.blocks[0].register_forward_pre_hook(leave_out)
-        try:
-            return model(images)
-        finally:
-            handle.remove()
+        vit = cast(ViT, model)
+        prefix = vit.spec.prefix
+        x = vit.embed(images)
+        place = (seen + prefix).sort(1).values[:, :, None].expand(-1, -1, x.shape[2])
+        x = torch.cat([x[:, :prefix], x.gather(1, place)], dim=1)
+        return vit.logits(vit.encode(x, self.grid, vit.read))
 
     def _painted(self, images: Tensor, seen: Tensor) -> Tensor:
         """The images, but for the seen patches in the mean colour of each."""
-        rows, columns = patch_grid(self.model)
+        rows, columns = self.grid
         height, width = images.shape[2:]
         there = torch.zeros(len(images), self.patches, dtype=torch.bool, device=images.device)
         there = there.scatter(1, seen, True).view(-1, 1, rows, columns)
@@ -132,11 +123,11 @@ def windows(grid: Grid, size: int) -> Tensor:
     sides = [min(size, n) for n in grid]
     for n, side in zip(grid, sides, strict=True):
         starts.append([*range(0, n - side, max(1, size // 2)), n - side])
-    found = torch.zeros(len(starts[0]), len(starts[1]), *grid, dtype=torch.bool)
+    covered = torch.zeros(len(starts[0]), len(starts[1]), *grid, dtype=torch.bool)
     for i, top in enumerate(starts[0]):
         for j, left in enumerate(starts[1]):
-            found[i, j, top : top + sides[0], left : left + sides[1]] = True
-    return found.flatten(0, 1)
+            covered[i, j, top : top + sides[0], left : left + sides[1]] = True
+    return covered.flatten(0, 1)
 
 
 def choose_window(grid: Grid) -> int:
@@ -162,10 +153,10 @@ def occlusion(
     only. Raises `PatchwordError` if images or classes do not fit the model.
     """
     classes = checked_classes(model, classes, len(images))
-    grid = patch_grid(model)
+    remove = Removal(model, images, batch_size)
+    grid = remove.grid
     away = windows(grid, choose_window(grid) if window is None else window)
     seen = (~away).flatten(1).nonzero()[:, 1].view(len(away), -1)
-    remove = Removal(model, images, batch_size)
     which = torch.arange(len(images))
     whole = log_odds(model, remove(which, _all(remove, len(images))), classes)
     which = which.repeat_interleave(len(away))
@@ -236,8 +227,8 @@ def removal_curves(
     each = which.repeat_interleave(kinds)
 
     def probability(which: Tensor, seen: Tensor) -> NDArray[np.float64]:
-        found = model.probabilities(remove(which, seen))
-        return found.gather(1, classes[which][:, None])[:, 0].numpy()
+        probabilities = model.probabilities(remove(which, seen))
+        return probabilities.gather(1, classes[which][:, None])[:, 0].numpy()
 
     ends = [probability(which, _all(remove, count)[:, :n])[:, None] for n in (patches, 0)]
     deletion = np.empty((count, kinds, len(gone)))

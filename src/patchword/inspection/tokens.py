@@ -28,7 +28,7 @@ def token_components(
     variance is 0.5. Raises `PatchwordError` where tokens and grid do not fit and where a token is
     not finite.
     """
-    values = _matrix(tokens)
+    values = finite_array(tokens)
     rows, cols = grid
     if values.ndim != 3 or values.shape[1] != rows * cols or not len(values):
         raise PatchwordError(
@@ -91,17 +91,18 @@ def _principal(values: NDArray[np.float64], most: int) -> NDArray[np.float64]:
 
 
 def _unit(features: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
-    values = _matrix(features)
+    values = finite_array(features)
     if values.ndim != 2:
         raise PatchwordError(f"features of shape {list(values.shape)}; pass [n, D]")
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     return values / np.where(norms > 0, norms, 1.0)
 
 
-def _matrix(values: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
+def finite_array(values: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
+    """Numbers as float64 on the CPU. Raises `PatchwordError` if one is not finite."""
     if isinstance(values, torch.Tensor):
         values = cast(Any, values.detach().cpu().double().numpy())
     matrix = np.asarray(values, dtype=np.float64)
     if not np.isfinite(matrix).all():
-        raise PatchwordError("a feature is NaN or Inf; use an earlier checkpoint")
+        raise PatchwordError("a value is NaN or Inf; use an earlier checkpoint")
     return matrix

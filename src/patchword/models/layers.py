@@ -1,4 +1,4 @@
-"""The parts of a Vision Transformer: patch embedding, attention, MLP, block, pooling head.
+"""The parts of a Vision Transformer: patch embedding, MLP, block, pooling head.
 
 Shapes: b images, n tokens, h heads, d values a head, D = h * d model width.
 """
@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchword.models.position import PositionRule
+from patchword.models.attention import (
+    Rule,
+    SelfAttention,
+    attention,
+    attention_weights,
+    drop,
+    join_heads,
+    split_heads,
+)
+from patchword.models.model import init_lecun, init_linear
 from patchword.spec.model import Activation
 
 
@@ -35,80 +44,13 @@ class PatchEmbedding(nn.Module):
         patches = patches.reshape(b, rows * columns, ph * pw * c)
         return F.linear(patches, self.weight, self.bias)
 
+    def init_weights(self) -> None:
+        init_lecun(self.weight)
+        nn.init.zeros_(self.bias)
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Eq. 6 and 7 as they stand: softmax(q k^T / sqrt(d) + bias) v, all `[b, h, n, d]`, the bias
-    `[b, h, n, n]`."""
-    logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-    return (logits if bias is None else logits + bias).softmax(-1) @ v
-
-
-def attention_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The reference with the scale moved to the queries, as batched products over b * h."""
-    b, h, n, d = q.shape
-    scaled = (q * d**-0.5).reshape(b * h, n, d)
-    keys, values = k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
-    logits = torch.bmm(scaled, keys.transpose(1, 2))
-    if bias is not None:
-        logits = logits + bias.reshape(b * h, n, -1)
-    return torch.bmm(logits.softmax(-1), values).view(b, h, n, d)
-
-
-MATMUL_TOKENS = 2048
-"""Beyond this the n x n weights cost more memory than the products save time."""
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The fastest exact attention for this device and dtype; `[b, h, n, d]` each.
-
-    PyTorch's fused CPU kernel gains nothing from bfloat16, so there the products are explicit. So
-    they are on other devices for a single query: there is little to fuse, and cuDNN's backward
-    pass, PyTorch's choice on an H100, has failed on it (pytorch 138529, cudnn-frontend 1071).
-    """
-    if q.device.type == "cpu":
-        explicit = q.dtype is torch.bfloat16 and k.shape[2] <= MATMUL_TOKENS
-    else:
-        explicit = q.shape[2] == 1
-    if explicit:
-        return attention_matmul(q, k, v, bias)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (Eq. 5-8) over `[b, n, D]`, with q, k and v in one product.
-
-    The rows of `qkv.weight` are all queries, all keys, all values, each head by head.
-    """
-
-    def __init__(self, width: int, heads: int, *, qk_norm: bool = False, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.query_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
-        self.key_norm = nn.LayerNorm(width // heads, eps=eps) if qk_norm else None
-        self.projection = nn.Linear(width, width)
-
-    def forward(
-        self, x: Tensor, wanted: int | None = None, position: PositionRule | None = None
-    ) -> Tensor:
-        """`[b, n, D]` to `[b, n, D]`, or to `[b, wanted, D]`, the first tokens alone."""
-        b, n, width = x.shape
-        if wanted is None:
-            qkv = self.qkv(x).view(b, n, 3, self.heads, -1)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
-        else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x[:, :wanted], weight[:width], bias[:width])
-            q = q.view(b, -1, self.heads, width // self.heads)
-            q = q.transpose(1, 2)  # [b, h, wanted, d]
-            kv = F.linear(x, weight[width:], bias[width:]).view(b, n, 2, self.heads, -1)
-            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        bias = None
-        if position is not None:
-            q, k, bias = position(q, k)
-        return self.projection(attention(q, k, v, bias).transpose(1, 2).reshape(b, -1, width))
+    def macs(self, patches: int) -> int:
+        """Multiply-accumulates of so many patches."""
+        return patches * self.weight.numel()
 
 
 class Mlp(nn.Module):
@@ -136,10 +78,14 @@ class Mlp(nn.Module):
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return drop(self.output(drop(x, self.dropout, self.training)), self.dropout, self.training)
 
+    def init_weights(self) -> None:
+        for layer in (self.hidden, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.bias, std=1e-6)
 
-def drop(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout that adds no node to the graph when it is off."""
-    return F.dropout(x, rate) if training and rate else x
+    def macs(self, tokens: int) -> int:
+        """Multiply-accumulates of so many tokens."""
+        return tokens * (self.hidden.weight.numel() + self.output.weight.numel())
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -185,25 +131,35 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = SelfAttention(width, heads, qk_norm=qk_norm, eps=eps)
+        self.attention = SelfAttention(width, heads, qk_norm=qk_norm, dropout=dropout, eps=eps)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp_width, activation, dropout)
-        self.scale1 = None if layer_scale is None else nn.Parameter(torch.empty(width))
-        self.scale2 = None if layer_scale is None else nn.Parameter(torch.empty(width))
-        self.dropout = dropout
+        self.scale1 = _layer_scale(width, layer_scale)
+        self.scale2 = _layer_scale(width, layer_scale)
         self.drop_path = drop_path
 
-    def forward(
-        self, x: Tensor, wanted: int | None = None, position: PositionRule | None = None
-    ) -> Tensor:
-        """`[b, n, D]` to `[b, n, D]`; with `wanted`, only the first so many tokens, `[b, wanted,
-        D]`, at the cost of those: the others are looked at, not computed."""
-        y = drop(self.attention(self.norm1(x), wanted, position), self.dropout, self.training)
-        x = x[:, :wanted] + self._branch(y, self.scale1)
-        return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
+    def forward(self, x: Tensor, rule: Rule | None = None, first: int | None = None) -> Tensor:
+        """`[b, n, D]` to `[b, n, D]`; with `first`, only the first so many tokens, `[b, first, D]`,
+        at the cost of those: the others are looked at, not computed. `rule` acts in attention."""
+        x = x[:, :first] + self.branch(self.attention(self.norm1(x), rule, first), self.scale1)
+        return x + self.branch(self.mlp(self.norm2(x)), self.scale2)
 
-    def _branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
+    def branch(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        """What a branch adds to the tokens: `y` by LayerScale, or nothing by stochastic depth."""
         return drop_path(y if scale is None else y * scale, self.drop_path, self.training)
+
+    def init_weights(self) -> None:
+        self.attention.init_weights()
+        self.mlp.init_weights()
+
+    def macs(self, tokens: int, first: int | None = None) -> int:
+        """Multiply-accumulates for one image of so many tokens, all or the first ones computed."""
+        mlp = self.mlp.macs(tokens if first is None else first)
+        return self.attention.macs(tokens, first) + mlp
+
+
+def _layer_scale(width: int, value: float | None) -> nn.Parameter | None:
+    return None if value is None else nn.Parameter(torch.full((width,), float(value)))
 
 
 class AttentionPool(nn.Module):
@@ -228,9 +184,39 @@ class AttentionPool(nn.Module):
         self.mlp = Mlp(width, mlp_width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, width = x.shape
-        q = self.query(self.probe).view(1, 1, self.heads, -1).transpose(1, 2).expand(b, -1, -1, -1)
-        kv = self.key_value(x).view(b, n, 2, self.heads, width // self.heads)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [b, h, n, d]
-        pooled = self.projection(attention(q, k, v).transpose(1, 2).reshape(b, width))
+        return self._pooled(attention(*self.heads_of(x)))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """`attention_weights` of the probe, `[b, h, 1, n]`."""
+        q, k, _ = self.heads_of(x)
+        return attention_weights(q, k)
+
+    def applied(self, weights: Tensor, x: Tensor) -> Tensor:
+        """What `forward(x)` returns, `[b, D]`, if the weights `[b, h, 1, n]` are `weights(x)`."""
+        _, _, v = self.heads_of(x)
+        return self._pooled(weights.to(v.dtype) @ v)
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The probe's q, `[b, h, 1, d]`, and k and v of all tokens, `[b, h, n, d]`."""
+        q = split_heads(self.query(self.probe), self.heads).expand(x.shape[0], -1, -1, -1)
+        k, v = (split_heads(part, self.heads) for part in self.key_value(x).chunk(2, dim=-1))
+        return q, k, v
+
+    def _pooled(self, heads: Tensor) -> Tensor:
+        pooled = self.projection(join_heads(heads))[:, 0]
         return pooled + self.mlp(self.norm(pooled))
+
+    def init_weights(self) -> None:
+        nn.init.xavier_uniform_(self.probe[0])
+        for part in self.key_value.weight.chunk(2):
+            nn.init.xavier_uniform_(part)
+        nn.init.zeros_(self.key_value.bias)
+        init_linear(self.query)
+        init_linear(self.projection)
+        self.mlp.init_weights()
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-accumulates for one image of so many tokens: k and v of all, q and projection of
+        the probe, its attention and MLP."""
+        square = self.query.weight.numel()
+        return 2 * (tokens + 1) * square + 2 * tokens * self.query.out_features + self.mlp.macs(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from patchword.models.layers import Mlp, PatchEmbedding, drop_path
 from patchword.models.model import Model, init_head, init_lecun
 from patchword.spec.batch import Outputs
 from patchword.spec.model import MixerSpec, PreprocessSpec
+from patchword.spec.parse import PatchwordError
 
 
 class MixerBlock(nn.Module):
@@ -39,6 +40,16 @@ class MixerBlock(nn.Module):
         y = self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         x = x + drop_path(y, self.drop_path, self.training)
         return x + drop_path(self.channels(self.norm2(x)), self.drop_path, self.training)
+
+    def init_weights(self) -> None:
+        for mlp in (self.tokens, self.channels):
+            for layer in (mlp.hidden, mlp.output):
+                init_lecun(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def macs(self, patches: int) -> int:
+        """Multiply-accumulates for one image of so many patches."""
+        return self.tokens.macs(self.norm1.normalized_shape[0]) + self.channels.macs(patches)
 
 
 class Mixer(Model[MixerSpec]):
@@ -72,7 +83,7 @@ class Mixer(Model[MixerSpec]):
         )
         self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps)
         self.head = nn.Linear(spec.width, spec.num_classes) if spec.num_classes else None
-        init_weights(self)
+        self.init_weights()
 
     def features(self, images: Tensor) -> Outputs:
         self.check(images)
@@ -82,25 +93,27 @@ class Mixer(Model[MixerSpec]):
         x = self.norm(x)
         return Outputs(x.mean(1), x, self.spec.grid)
 
+    def check(self, images: Tensor) -> None:
+        """Raises `PatchwordError` unless `images` are `[B, C, H, W]` of the spec's size."""
+        size = (self.spec.in_channels, *self.spec.image_size)
+        if tuple(images.shape[1:]) != size:
+            raise PatchwordError(
+                f"images are {list(images.shape)}, the model takes [B, {size[0]}, {size[1]}, "
+                f"{size[2]}], a Mixer no other size; resize or convert them"
+            )
 
-def init_weights(model: Mixer) -> None:
-    """Initialise as the authors' public code does (google-research/vision_transformer,
-    models_mixer): every matrix but the head normal truncated at two standard deviations, variance
-    1 / fan-in ("LeCun"), biases and head 0, LayerNorm's scale 1."""
-    init_lecun(model.patch_embedding.weight)
-    nn.init.zeros_(model.patch_embedding.bias)
-    for module in model.modules():
-        if isinstance(module, Mlp):
-            for layer in (module.hidden, module.output):
-                init_lecun(layer.weight)
-                nn.init.zeros_(layer.bias)
-    init_head(model.head)
+    def init_weights(self) -> None:
+        """Initialise as the authors' public code does (google-research/vision_transformer,
+        models_mixer): every matrix but the head normal truncated at two standard deviations,
+        variance 1 / fan-in ("LeCun"), biases and head 0, LayerNorm's scale 1."""
+        self.patch_embedding.init_weights()
+        for block in self.blocks:
+            cast(MixerBlock, block).init_weights()
+        init_head(self.head)
 
-
-def part_macs(spec: MixerSpec) -> list[int]:
-    """Multiply-accumulates of one image's forward pass, of the patch embedding, each block, and the
-    head: the matrix products, not norms, GELU or additions."""
-    patches, width = math.prod(spec.grid), spec.width
-    embedding = patches * math.prod(spec.patch_size) * spec.in_channels * width
-    block = 2 * patches * width * (spec.tokens_mlp_width + spec.channels_mlp_width)
-    return [embedding, *[block] * spec.depth, width * spec.num_classes]
+    def part_macs(self, training: bool = False) -> list[int]:
+        """Of the products of patch embedding, MLPs and head, not norms, GELU or additions."""
+        patches = math.prod(self.spec.grid)
+        blocks = [cast(MixerBlock, block).macs(patches) for block in self.blocks]
+        head = 0 if self.head is None else self.head.weight.numel()
+        return [self.patch_embedding.macs(patches), *blocks, head]

@@ -8,8 +8,14 @@ from typing import ClassVar, Generic
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from patchword.spec.batch import Outputs
-from patchword.spec.model import CalibrationSpec, ModelSpec, PreprocessSpec
+from patchword.spec.batch import Grid, Outputs
+from patchword.spec.model import (
+    CalibrationSpec,
+    MixerSpec,
+    ModelSpec,
+    PreprocessSpec,
+    ViTSpec,
+)
 from patchword.spec.parse import PatchwordError
 
 Spec = TypeVar("Spec", bound=ModelSpec, default=ModelSpec, covariant=True)
@@ -40,7 +46,7 @@ class Model(nn.Module, Generic[Spec]):
     def features(self, images: Tensor) -> Outputs:
         """Pooled features `[B, D]`, tokens `[B, N, D]`, and the grid, of images `[B, C, H, W]`.
 
-        Raises `PatchwordError` if the images are not of the size the model is for.
+        Raises `PatchwordError` if the images are not of a size that the model takes.
         """
         raise NotImplementedError
 
@@ -72,15 +78,42 @@ class Model(nn.Module, Generic[Spec]):
         scaled = logits.double() / self.temperature
         return scaled.softmax(dim=1) if self.spec.probability == "softmax" else scaled.sigmoid()
 
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) in pixels; of a ResNet, which has no patches, a pixel."""
+        return self.spec.patch_size if isinstance(self.spec, ViTSpec | MixerSpec) else (1, 1)
+
+    def grid_of(self, images: Tensor) -> Grid:
+        """(rows, columns) of the patches of images `[B, C, H, W]`, whatever their size."""
+        height, width = self.patch_size
+        return int(images.shape[2]) // height, int(images.shape[3]) // width
+
     def check(self, images: Tensor) -> None:
-        """Raises `PatchwordError` unless `images` are of the spec's size."""
-        spec = self.spec
-        if tuple(images.shape[1:]) != (spec.in_channels, *spec.image_size):
+        """Raises `PatchwordError` unless the model can take `images`: `[B, C, H, W]` of the spec's
+        channels, and of sides that the patches divide."""
+        channels, (height, width) = self.spec.in_channels, self.patch_size
+        if (
+            images.ndim != 4
+            or images.shape[1] != channels
+            or min(images.shape[2:]) < 1
+            or images.shape[2] % height
+            or images.shape[3] % width
+        ):
+            sizes = f"multiples of {height} x {width} pixels" if height * width > 1 else "any size"
             raise PatchwordError(
-                f"images are {list(images.shape)}, the model takes [B, {spec.in_channels}, "
-                f"{spec.image_size[0]}, {spec.image_size[1]}]; resize them, or load the model "
-                "with image_size=(height, width)"
+                f"images are {list(images.shape)}, the model takes [B, {channels}, H, W] of "
+                f"{sizes}; resize or convert them"
             )
+
+    def part_macs(self, training: bool = False) -> list[int]:
+        """Multiply-accumulates of one image's forward pass, of the spec's size: of what comes
+        before the blocks, of each block, and of the head; in `training` without the patches that
+        are dropped (`ViTSpec.patch_dropout`)."""
+        raise NotImplementedError
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one image's forward pass, of the spec's size."""
+        return sum(self.part_macs())
 
 
 def init_head(head: nn.Linear | None) -> None:

@@ -6,47 +6,57 @@ Two kinds of module: tables that are added to tokens, and rules that act inside 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from patchword.spec.batch import Grid
 from patchword.spec.model import ViTSpec
 
-Grid = tuple[int, int]
+Placed = tuple[Tensor, Tensor, Tensor | None]
+"""Queries, keys, and a bias for their logits or None."""
 
 
 class PositionTable(nn.Module):
-    """Calling it gives `[1, T, D]` to add to the last T tokens, or to the leading ones and the
-    patches where registers stand between."""
+    """Calling it with a grid, by default its own, gives `[1, T, D]` to add to the leading tokens
+    (not all kinds have entries for them) and the patches of that grid."""
 
-    def forward(self) -> Tensor:
+    def forward(self, grid: Grid | None = None) -> Tensor:
         raise NotImplementedError
 
 
 class Learned1d(PositionTable):
-    """One vector for each leading token and patch, row by row (the paper's choice)."""
+    """One vector for each leading token and patch, row by row (the paper's choice). For another
+    grid it is interpolated in 2-D (section 3.2)."""
 
     def __init__(self, leading: int, grid: Grid, width: int) -> None:
         super().__init__()
+        self.grid = grid
         self.table = nn.Parameter(torch.empty(1, leading + math.prod(grid), width))
 
-    def forward(self) -> Tensor:
-        return self.table
+    def forward(self, grid: Grid | None = None) -> Tensor:
+        return resample_position_embedding(self.table, self.grid, grid or self.grid)
 
 
 class Learned2d(PositionTable):
     """Half of a patch's vector for its column (x), half for its row (y), D.4; the leading tokens
-    have none, as they are learned themselves."""
+    have none, as they are learned themselves. For another grid each axis is interpolated."""
 
     def __init__(self, grid: Grid, width: int) -> None:
         super().__init__()
+        self.grid = grid
         self.columns = nn.Parameter(torch.empty(1, grid[1], width // 2))
         self.rows = nn.Parameter(torch.empty(1, grid[0], width // 2))
 
-    def forward(self) -> Tensor:
-        rows, columns, half = self.rows.shape[1], self.columns.shape[1], self.rows.shape[2]
-        x = self.columns[:, None].expand(1, rows, columns, half)
-        y = self.rows[:, :, None].expand(1, rows, columns, half)
+    def forward(self, grid: Grid | None = None) -> Tensor:
+        rows, columns = grid or self.grid
+        x = resample_axis(self.columns, self.grid[1], columns)[:, None]
+        y = resample_axis(self.rows, self.grid[0], rows)[:, :, None]
+        half = x.shape[-1]
+        x, y = x.expand(1, rows, columns, half), y.expand(1, rows, columns, half)
         return torch.cat([x, y], dim=-1).flatten(1, 2)
 
 
@@ -55,36 +65,47 @@ class SinCos2d(PositionTable):
 
     def __init__(self, grid: Grid, width: int) -> None:
         super().__init__()
+        self.grid = grid
         with torch.device("cpu"):  # also where the model itself is built without memory
             self.register_buffer("table", sincos_2d(grid, width), persistent=False)
         self.table: Tensor
 
-    def forward(self) -> Tensor:
-        return self.table
+    def forward(self, grid: Grid | None = None) -> Tensor:
+        if grid in (None, self.grid):
+            return self.table
+        return sincos_2d(grid, self.table.shape[-1]).to(self.table)
 
 
 class PositionRule(nn.Module):
-    """Acts on queries `[b, h, q, d]` (the first q of the tokens) and keys `[b, h, T, d]`: returns
-    both, and a bias `[b, h, q, T]` for the scaled logits, or None."""
+    """Acts on queries `[b, h, q, d]` (the first q of the tokens) and keys `[b, h, T, d]` of a grid,
+    by default its own: returns both, and a bias `[b, h, q, T]` for the scaled logits, or None."""
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, q: Tensor, k: Tensor, grid: Grid | None = None) -> Placed:
         raise NotImplementedError
 
 
 class Relative(PositionRule):
     """D.4's relative embeddings: the query times an embedding of the 1-D offset from query to key,
-    over all tokens in sequence, scaled as the logits are and added to them."""
+    over all tokens in sequence, scaled as the logits are and added to them. For another grid the
+    embeddings are interpolated (`resample_offsets`)."""
 
-    def __init__(self, tokens: int, head_width: int) -> None:
+    def __init__(self, prefix: int, grid: Grid, head_width: int) -> None:
         super().__init__()
+        self.prefix, self.grid = prefix, grid
+        tokens = prefix + math.prod(grid)
         self.offsets = nn.Parameter(torch.empty(2 * tokens - 1, head_width))
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, q: Tensor, k: Tensor, grid: Grid | None = None) -> Placed:
         queries, keys = q.shape[2], k.shape[2]
-        logits = q @ self.offsets.t() * q.shape[-1] ** -0.5  # [b, h, q, 2 T - 1]
+        offsets = resample_offsets(self.offsets, self.prefix, self.grid, grid or self.grid)
+        logits = q @ offsets.t() * q.shape[-1] ** -0.5  # [b, h, q, 2 T - 1]
         place = torch.arange(keys, device=q.device)
         offset = place[:queries, None] - place + keys - 1
         return q, k, logits.gather(-1, offset.expand(*q.shape[:2], queries, keys))
+
+    def macs(self, tokens: int, heads: int) -> int:
+        """Multiply-accumulates for one image of so many tokens."""
+        return heads * tokens * self.offsets.numel()
 
 
 class Rotary(PositionRule):
@@ -97,31 +118,31 @@ class Rotary(PositionRule):
 
     def __init__(self, grid: Grid, head_width: int, base: float = 100.0) -> None:
         super().__init__()
-        quarter = head_width // 4
+        self.grid, self.base = grid, base
         with torch.device("cpu"):
-            rate = 2 * math.pi * base ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-            axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in grid]
-            y, x = torch.meshgrid(*axes, indexing="ij")
-            angles = torch.cat([y.reshape(-1, 1) * rate, x.reshape(-1, 1) * rate], dim=1)
-            angles = angles.repeat(1, 2)  # [N, d]
-            self.register_buffer("cos", angles.cos().float(), persistent=False)
-            self.register_buffer("sin", angles.sin().float(), persistent=False)
+            cos, sin = rotary_2d(grid, head_width, base)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         self.cos: Tensor
         self.sin: Tensor
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        first = k.shape[2] - len(self.cos)
-        return self._turned(q, first), self._turned(k, first), None
+    def forward(self, q: Tensor, k: Tensor, grid: Grid | None = None) -> Placed:
+        cos, sin = self.cos, self.sin
+        if grid not in (None, self.grid):
+            cos, sin = (t.to(q.device) for t in rotary_2d(grid, q.shape[-1], self.base))
+        first = k.shape[2] - cos.shape[0]
+        return _turned(q, first, cos, sin), _turned(k, first, cos, sin), None
 
-    def _turned(self, x: Tensor, first: int) -> Tensor:
-        patches = x[:, :, first:]
-        seen = patches.shape[2]  # 0 where only leading tokens ask
-        if not seen:
-            return x
-        low, high = patches.chunk(2, dim=-1)
-        cos, sin = self.cos[:seen].to(x.dtype), self.sin[:seen].to(x.dtype)
-        turned = patches * cos + torch.cat([-high, low], dim=-1) * sin
-        return torch.cat([x[:, :, :first], turned], dim=2)
+
+def _turned(x: Tensor, first: int, cos: Tensor, sin: Tensor) -> Tensor:
+    patches = x[:, :, first:]
+    seen = patches.shape[2]  # 0 where only leading tokens ask
+    if not seen:
+        return x
+    low, high = patches.chunk(2, dim=-1)
+    cos, sin = cos[:seen].to(x.dtype), sin[:seen].to(x.dtype)
+    turned = patches * cos + torch.cat([-high, low], dim=-1) * sin
+    return torch.cat([x[:, :, :first], turned], dim=2)
 
 
 def create_position(spec: ViTSpec) -> PositionTable | PositionRule:
@@ -135,7 +156,7 @@ def create_position(spec: ViTSpec) -> PositionTable | PositionRule:
         case "sincos2d":
             return SinCos2d(spec.grid, spec.width)
         case "relative":
-            return Relative(spec.prefix + math.prod(spec.grid), head_width)
+            return Relative(spec.prefix, spec.grid, head_width)
         case "rotary":
             return Rotary(spec.grid, head_width)
         case "none":
@@ -151,11 +172,21 @@ def sincos_2d(grid: Grid, width: int, temperature: float = 10_000.0) -> Tensor:
         raise ValueError(f"sincos2d needs a width of 8 or more that 4 divides, not {width}")
     quarter = width // 4
     frequencies = temperature ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
-    rows, columns = torch.meshgrid(
-        *(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij"
-    )
-    x, y = columns.reshape(-1, 1) * frequencies, rows.reshape(-1, 1) * frequencies
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()[None]
+    y, x = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
+    y = y[:, None]  # [rows, 1, D / 4], and x is [columns, D / 4]
+    parts = [part.expand(*grid, quarter) for part in (x.sin(), x.cos(), y.sin(), y.cos())]
+    return torch.cat(parts, dim=-1).flatten(0, 1).float()[None]
+
+
+def rotary_2d(grid: Grid, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of `Rotary`, float32 `[N, d]` each."""
+    quarter = head_width // 4
+    rate = 2 * math.pi * base ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    centres = ((torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1 for n in grid)
+    y, x = (centre[:, None] * rate for centre in centres)
+    angles = [y[:, None].expand(*grid, quarter), x.expand(*grid, quarter)]
+    turns = torch.cat(angles * 2, dim=-1).flatten(0, 1)
+    return turns.cos().float(), turns.sin().float()
 
 
 # Resampling --------------------------------------------------------------------------------------
@@ -178,24 +209,30 @@ def resample_position_embedding(table: Tensor, old_grid: Grid, new_grid: Grid) -
     prefix, grid = table[..., :-patches, :], table[..., -patches:, :]
     grid = grid.reshape(*grid.shape[:-2], *old_grid, width).float()
     down, across = (
-        _bicubic(old, new).to(grid.device) for old, new in zip(old_grid, new_grid, strict=True)
+        torch.as_tensor(_bicubic(old, new), device=grid.device)
+        for old, new in zip(old_grid, new_grid, strict=True)
     )
     grid = torch.einsum("yr,xc,...rcd->...yxd", down, across, grid)
     return torch.cat([prefix, grid.flatten(-3, -2).to(table.dtype)], dim=-2)
 
 
-def _bicubic(old: int, new: int) -> Tensor:
+@lru_cache(256)
+def _bicubic(old: int, new: int) -> NDArray[np.float32]:
     """Weights `[new, old]` of bicubic interpolation along an axis, the kernel (a = -0.5) widened
     where the axis shrinks: antialiasing as Pillow and torch do it. Torch's own (2.13, CPU) goes
-    wrong where the new width is 1."""
+    wrong where the new width is 1. An array, as a tensor would keep the mode it was made in."""
     scale = old / new
-    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * scale
-    places = torch.arange(old, dtype=torch.float64) + 0.5
-    x = (places - centres[:, None]).abs() / max(scale, 1.0)
+    centres = (np.arange(new) + 0.5) * scale
+    x = np.abs(np.arange(old) + 0.5 - centres[:, None]) / max(scale, 1.0)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    return (weights / weights.sum(1, keepdim=True)).float()
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def resample_axis(table: Tensor, old: int, new: int) -> Tensor:
+    """`resample_position_embedding` along a single axis: `[..., old, D]` to `[..., new, D]`."""
+    return resample_position_embedding(table, (old, 1), (new, 1))
 
 
 def resample_offsets(table: Tensor, prefix: int, old_grid: Grid, new_grid: Grid) -> Tensor:
@@ -212,7 +249,7 @@ def resample_offsets(table: Tensor, prefix: int, old_grid: Grid, new_grid: Grid)
     down = torch.floor((offset + columns / 2) / columns)
     across = offset - down * columns
     place = down * (old_rows / rows) * old_columns + across * (old_columns / columns)
-    place = (place + old_tokens - 1).clamp(0, 2 * old_tokens - 2)
+    place = (place + old_tokens - 1).clamp(0, 2 * old_tokens - 2).to(table.device)
     low = place.floor().long().clamp(max=2 * old_tokens - 3) if old_tokens > 1 else place.long()
     share = (place - low).to(table.dtype)[:, None]
     return torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], share)
@@ -228,6 +265,5 @@ def resample_positions(tensors: dict[str, Tensor], old: ViTSpec, new: ViTSpec) -
             fitted = resample_offsets(value, old.prefix, old.grid, new.grid)
         else:
             axis = 0 if kind == "rows" else 1
-            before, after = old.grid[axis], new.grid[axis]
-            fitted = resample_position_embedding(value, (before, 1), (after, 1))
+            fitted = resample_axis(value, old.grid[axis], new.grid[axis])
         tensors[name] = fitted

@@ -18,18 +18,18 @@ block's 3 x 3 convolution and shortcut. Odd sizes are halved upwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchword.models.model import Model, init_head, init_lecun
-from patchword.spec.batch import Outputs
+from patchword.spec.batch import Grid, Outputs
 from patchword.spec.model import PreprocessSpec, ResNetSpec, StemSpec
-from patchword.spec.parse import PatchwordError
 
 GROUPS = 32
 """of every GroupNorm"""
@@ -92,6 +92,14 @@ class StdConv(nn.Module):
             return F.conv2d(x, weight, stride=self.stride, padding=(rows[0], columns[0]))
         return F.conv2d(F.pad(x, (*columns, *rows)), weight, stride=self.stride)
 
+    def macs(self, size: tuple[int, int]) -> int:
+        """Multiply-accumulates for one image of (height, width) pixels."""
+        return math.prod(_halved(size, self.stride)) * self.weight.numel()
+
+
+def _halved(size: tuple[int, int], stride: int = 2) -> tuple[int, int]:
+    return -(-size[0] // stride), -(-size[1] // stride)
+
 
 def max_pool(x: Tensor, padding: Padding) -> Tensor:
     """The greatest of each 3 x 3 pixels at stride 2, zeros around the image as in BiT. Google's
@@ -119,6 +127,7 @@ class PostBlock(nn.Module):
         self.norm2 = nn.GroupNorm(GROUPS, inner, eps)
         self.conv3 = convolution(inner, out, 1)
         self.norm3 = nn.GroupNorm(GROUPS, out, eps)
+        nn.init.zeros_(self.norm3.weight)
         project = stride > 1 or in_channels != out
         self.downsample = convolution(in_channels, out, 1, stride) if project else None
         self.downsample_norm = nn.GroupNorm(GROUPS, out, eps) if project else None
@@ -198,6 +207,10 @@ class ResNetStem(nn.Module):
         x = F.relu(self.root_norm(self.root(images)))
         return self.stages(max_pool(x, "same"))
 
+    def macs(self, size: tuple[int, int]) -> int:
+        """Multiply-accumulates of the convolutions for one image of (height, width) pixels."""
+        return sum(_macs(self.root, self.stages, size))
+
 
 class ResNet(Model[ResNetSpec]):
     """A BiT ResNet; see `Model` for what it takes and returns. Images may be of any size: the
@@ -226,17 +239,17 @@ class ResNet(Model[ResNetSpec]):
         x = self.stages(max_pool(self.root(images), "fixed"))
         x = F.relu(self.norm(x))
         tokens = x.flatten(2).transpose(1, 2)
-        return Outputs(x.mean((2, 3)), tokens, (x.shape[2], x.shape[3]))
+        return Outputs(x.mean((2, 3)), tokens, self.grid_of(images))
 
-    def check(self, images: Tensor) -> None:
-        """Raises `PatchwordError` unless `images` have the spec's channels and at least one
-        pixel."""
-        channels = self.spec.in_channels
-        if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < 1:
-            raise PatchwordError(
-                f"images are {list(images.shape)}, the model takes [B, {channels}, H, W] of any "
-                "size; convert them, or create the model with in_channels"
-            )
+    def grid_of(self, images: Tensor) -> Grid:
+        """(rows, columns) of the last feature map, at stride 32."""
+        return _halved((int(images.shape[2]), int(images.shape[3])), 32)
+
+    def part_macs(self, training: bool = False) -> list[int]:
+        """Of convolutions and head, not GroupNorm, pooling, additions or the standardisation of the
+        weights (once a batch)."""
+        head = 0 if self.head is None else self.head.weight.numel()
+        return [*_macs(self.root, self.stages, self.spec.image_size), head]
 
 
 def init_weights(module: nn.Module) -> None:
@@ -250,43 +263,18 @@ def init_weights(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, StdConv):
             init_lecun(part.weight)
-        elif isinstance(part, nn.GroupNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-    for part in module.modules():
-        if isinstance(part, PostBlock):
-            nn.init.zeros_(part.norm3.weight)
 
 
-def _convolution_macs(
-    layers: Sequence[int], width: int, image_size: tuple[int, int], in_channels: int
-) -> list[int]:
-    """Multiply-accumulates of the root and of each block for one image."""
-    rows, columns = (-(-size // 2) for size in image_size)
-    found = [rows * columns * 7 * 7 * in_channels * width]
-    channels = width
-    for stage, count in enumerate(layers):
-        before = rows * columns
-        rows, columns = -(-rows // 2), -(-columns // 2)  # the pooling, then a first block's stride
-        pixels, inner = rows * columns, width * 2**stage
-        out = 4 * inner
-        rest = pixels * (9 * inner + out) * inner  # the second and third convolution
-        shrinking = (before if stage else pixels) * channels * inner + pixels * channels * out
-        found += [shrinking + rest, *[pixels * out * inner + rest] * (count - 1)]
-        channels = out
-    return found
-
-
-def stem_macs(spec: StemSpec, image_size: tuple[int, int], in_channels: int) -> int:
-    """Multiply-accumulates of a stem for one image of (height, width) pixels: its convolutions."""
-    return sum(_convolution_macs(spec.layers, spec.width, image_size, in_channels))
-
-
-def part_macs(spec: ResNetSpec) -> list[int]:
-    """Multiply-accumulates of one image's forward pass, of the root, each block, and the head:
-    convolutions, not GroupNorm, pooling, additions or the standardisation of the weights (once a
-    batch)."""
-    width = BIT_WIDTH * spec.width_factor
-    channels = 4 * width * 2 ** (len(spec.layers) - 1)
-    body = _convolution_macs(spec.layers, width, spec.image_size, spec.in_channels)
-    return [*body, channels * spec.num_classes]
+def _macs(root: StdConv, stages: nn.Sequential, size: tuple[int, int]) -> list[int]:
+    """Multiply-accumulates of the root and of each block for one image of (height, width)
+    pixels."""
+    counts = [root.macs(size)]
+    size = _halved(_halved(size))  # root and pooling
+    for stage in stages:
+        for block in cast(nn.Sequential, stage):
+            block = cast(PostBlock | PreBlock, block)
+            before = block.conv1.macs(size) + block.conv2.macs(size)
+            before += 0 if block.downsample is None else block.downsample.macs(size)
+            size = _halved(size, block.conv2.stride)
+            counts.append(before + block.conv3.macs(size))
+    return counts

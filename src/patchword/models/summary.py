@@ -17,7 +17,7 @@ from patchword.models.model import Model
 from patchword.models.position import PositionRule
 from patchword.models.resnet import ResNetStem
 from patchword.models.vit import ViT
-from patchword.models.zoo import build_model
+from patchword.models.zoo import unfilled_model
 from patchword.spec.model import ModelSpec
 
 REST = "rest"
@@ -45,8 +45,7 @@ def layer_table(spec: ModelSpec) -> list[LayerRow]:
     Nothing is computed and no memory taken. Every token of the last block is counted, though
     `forward` leaves out those that the head does not see.
     """
-    with torch.device("meta"):
-        model = build_model(spec).train()
+    model = unfilled_model(spec).train()
     with FakeTensorMode(allow_non_fake_inputs=True):  # as the CPU would compute it
         model.to_empty(device="cpu")
         images = torch.empty(1, spec.in_channels, *spec.image_size)

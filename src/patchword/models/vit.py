@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from patchword.models.layers import (
-    AttentionPool,
-    Block,
-    Mlp,
-    PatchEmbedding,
-    SelfAttention,
-    drop,
-    drop_patches,
-    kept_patches,
-)
-from patchword.models.model import Model, init_head, init_lecun, init_linear
-from patchword.models.position import PositionRule, PositionTable, create_position
-from patchword.models.resnet import ResNetStem, stem_macs
-from patchword.spec.batch import Outputs
+from patchword.models.attention import Rule, drop
+from patchword.models.layers import AttentionPool, Block, PatchEmbedding, drop_patches, kept_patches
+from patchword.models.model import Model, init_head, init_lecun
+from patchword.models.position import PositionRule, Relative, create_position
+from patchword.models.resnet import ResNetStem
+from patchword.spec.batch import Grid, Outputs
 from patchword.spec.model import PreprocessSpec, ViTSpec
 
 
@@ -81,29 +75,34 @@ class ViT(Model[ViTSpec]):
             if classified and spec.distillation == "head"
             else None
         )
-        init_weights(self)
+        self.init_weights()
 
     def forward(self, images: Tensor) -> Tensor:
-        self.check(images)
-        x = self.embed(images)
-        if self.spec.pool == "token":  # no patch's token of the last block is used
-            x = self.encode(x, wanted=self.spec.leading)
-            logits = self.classify(x[:, 0])
-            if self.distillation_head is not None:
-                logits = (logits + self.distillation_head(x[:, 1])) / 2
-            return logits
-        return self.classify(self._pooled(self.encode(x)))
+        return self.logits(self._encoded(images, self.read))
 
     def features(self, images: Tensor) -> Outputs:
-        self.check(images)
-        x = self.encode(self.embed(images))
-        return Outputs(self._pooled(x), x[:, self.spec.prefix :], self.spec.grid)
+        x = self._encoded(images)
+        return Outputs(self._pooled(x), x[:, self.spec.prefix :], self.grid_of(images))
 
     def pooled_features(self, images: Tensor) -> Tensor:
+        return self._pooled(self._encoded(images, self.read))
+
+    def _encoded(self, images: Tensor, first: int | None = None) -> Tensor:
         self.check(images)
-        if self.spec.pool == "token":  # as in `forward`
-            return self.encode(self.embed(images), wanted=self.spec.leading)[:, 0]
-        return self._pooled(self.encode(self.embed(images)))
+        return self.encode(self.embed(images), self.grid_of(images), first)
+
+    @property
+    def read(self) -> int | None:
+        """The head reads so many tokens, the first ones; None for all."""
+        return self.spec.leading if self.spec.pool == "token" else None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Encoded tokens `[B, T, D]`, or the `read` first of them, to logits `[B, K]`: Eq. 4 and
+        the head, with a head for distillation the mean of both."""
+        logits = self.classify(self._pooled(x))
+        if self.distillation_head is not None:
+            logits = (logits + self.distillation_head(x[:, 1])) / 2
+        return logits
 
     def _pooled(self, x: Tensor) -> Tensor:
         if self.pool is not None:
@@ -118,65 +117,105 @@ class ViT(Model[ViTSpec]):
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: `[B, C, H, W]` to `[B, prefix + N, D]`: class token, distillation token,
         registers, patches."""
-        return self.placed(self.patches(images))
+        return self.assemble(self.patches(images), self.grid_of(images))
 
     def patches(self, images: Tensor) -> Tensor:
         """The patch embeddings alone, `[B, C, H, W]` to `[B, N, D]`, without positions."""
         return self.patch_embedding(images if self.stem is None else self.stem(images))
 
-    def placed(self, x: Tensor) -> Tensor:
-        """Patch embeddings `[B, N, D]` with the tokens before them and the positions added, `[B,
-        prefix + N, D]`."""
+    def assemble(self, x: Tensor, grid: Grid) -> Tensor:
+        """Patch embeddings `[B, N, D]` of a grid with the tokens before them and the positions
+        added, `[B, prefix + N, D]`."""
         firsts = [
-            tokens.expand(len(x), -1, -1)
+            tokens.expand(x.shape[0], -1, -1)
             for tokens in (self.class_token, self.distillation_token, self.registers)
             if tokens is not None
         ]
         x = torch.cat([*firsts, x], dim=1) if firsts else x
-        position = self.positions[0] if len(self.positions) else None
-        if isinstance(position, PositionTable):
-            x = x + self._placed(position())
+        table, _ = self.positions_of(None, grid)
+        x = x if table is None else x + table
         if self.training and self.spec.patch_dropout:
             x = drop_patches(x, self.spec.prefix, self.spec.patch_dropout)
         return drop(x, self.spec.dropout, self.training)
 
-    def encode(self, x: Tensor, wanted: int | None = None) -> Tensor:
-        """Eq. 2-4: the blocks and the last LayerNorm, `[B, T, D]` to `[B, T, D]`, or with `wanted`
+    def encode(self, x: Tensor, grid: Grid, first: int | None = None) -> Tensor:
+        """Eq. 2-4: the blocks and the last LayerNorm, `[B, T, D]` to `[B, T, D]`, or with `first`
         to the first so many tokens, for which the last block computes no others."""
         for layer, block in enumerate(self.blocks):
-            x, rule = self.positioned(x, layer)
-            x = block(x, wanted if layer == self.spec.depth - 1 else None, rule)
+            table, rule = self.positions_of(layer, grid)
+            x = x if table is None else x + table
+            x = block(x, rule, first if layer == self.spec.depth - 1 else None)
+        return self.normed(x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The last LayerNorm, where it does not come after the pooling."""
         return x if self.spec.pool_norm else self.norm(x)
 
-    def positioned(self, x: Tensor, layer: int) -> tuple[Tensor, PositionRule | None]:
-        """What a block (0 first) takes: the tokens `[B, T, D]` with the position table added that
-        acts there, and the position rule for its attention, or None."""
-        position = self.position_in(layer)
-        if isinstance(position, PositionTable) and layer:  # that of layer 0 is in Eq. 1
-            x = x + self._placed(position())
-        return x, position if isinstance(position, PositionRule) else None
-
-    def position_in(self, layer: int) -> nn.Module | None:
-        """The position embedding that acts in a layer (0 first), or None."""
-        spec = self.spec
-        everywhere = spec.position_at != "stem" or spec.position == "rotary"
+    def positions_of(self, layer: int | None, grid: Grid) -> tuple[Tensor | None, Rule | None]:
+        """(table, rule) of a layer (0 first) for a grid of patches: what is added to the tokens
+        that it takes, `[1, prefix + N, D]`, 0 for those without a position, and what acts in its
+        attention; None for what is not there. Layer None is Eq. 1, which adds layer 0's table."""
+        everywhere = self.spec.position_at != "stem" or self.spec.position == "rotary"
         if not len(self.positions) or (layer and not everywhere):
-            return None
-        return self.positions[layer if len(self.positions) > 1 else 0]
-
-    def _placed(self, table: Tensor) -> Tensor:
-        """A position table `[1, t, D]` with zeros for the tokens before the patches that it leaves
-        out: `[1, prefix + N, D]`."""
-        patches = math.prod(self.spec.grid)
-        missing = self.spec.prefix + patches - table.shape[1]
-        if not missing:
-            return table
-        first = table.shape[1] - patches
-        zeros = table.new_zeros(1, missing, table.shape[2])
-        return torch.cat([table[:, :first], zeros, table[:, first:]], dim=1)
+            return None, None
+        position = self.positions[layer or 0 if len(self.positions) > 1 else 0]
+        if isinstance(position, PositionRule):
+            return None, partial(position, grid=grid)
+        if layer == 0:
+            return None, None
+        table: Tensor = position(grid)
+        first = table.shape[1] - math.prod(grid)
+        if first == self.spec.prefix:
+            return table, None
+        zeros = table.new_zeros(1, self.spec.prefix - first, table.shape[2])
+        return torch.cat([table[:, :first], zeros, table[:, first:]], dim=1), None
 
     def represent(self, pooled: Tensor) -> Tensor:
         return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
+
+    def init_weights(self) -> None:
+        """Initialise as the authors' public code does (google-research/vision_transformer,
+        models_vit), layer by layer, the blocks first.
+
+        Patch embedding and pre-logits layer: normal truncated at two standard deviations, variance
+        1 / fan-in ("LeCun"), biases 0. Attention: Xavier uniform, variance 1 / D, for q, k, v and
+        the projection each on their own, biases 0. MLP: Xavier uniform, variance 2 / (D + hidden),
+        biases normal with standard deviation 1e-6. Position parameters, registers and distillation
+        token: normal, 0.02. Class token and heads: 0. LayerNorm: scale 1, bias 0. LayerScale: its
+        initial value. A hybrid's stem: as `ResNetStem` says.
+        """
+        for block in self.blocks:
+            cast(Block, block).init_weights()
+        if self.pool is not None:
+            self.pool.init_weights()
+        self.patch_embedding.init_weights()
+        if self.class_token is not None:
+            nn.init.zeros_(self.class_token)
+        for table in (*self.positions.parameters(), self.registers, self.distillation_token):
+            if table is not None:
+                nn.init.normal_(table, std=0.02)
+        if self.pre_logits is not None:
+            init_lecun(self.pre_logits.weight)
+            nn.init.zeros_(self.pre_logits.bias)
+        init_head(self.head)
+        init_head(self.distillation_head)
+
+    def part_macs(self, training: bool = False) -> list[int]:
+        """Of the matrix products of Eq. 1-8 and of the head, not norms, softmax, GELU or additions;
+        of a hybrid, its convolutions too. `forward` needs fewer with a class token: it leaves out
+        what the last block would compute for the patches."""
+        spec, patches = self.spec, math.prod(self.spec.grid)
+        kept = kept_patches(patches, spec.patch_dropout) if training else patches
+        tokens = spec.prefix + kept
+        stem = 0 if self.stem is None else self.stem.macs(spec.image_size)
+        parts = [stem + self.patch_embedding.macs(patches)]
+        parts += [cast(Block, block).macs(tokens) for block in self.blocks]
+        if spec.position == "relative":
+            for layer in range(1 if spec.position_at == "stem" else spec.depth):
+                parts[1 + layer] += cast(Relative, self.positions[0]).macs(tokens, spec.heads)
+        pool = 0 if self.pool is None else self.pool.macs(tokens)
+        heads = (self.pre_logits, self.head, self.distillation_head)
+        return [*parts, pool + sum(head.weight.numel() for head in heads if head is not None)]
 
 
 def _tokens(count: int, width: int) -> nn.Parameter | None:
@@ -186,87 +225,3 @@ def _tokens(count: int, width: int) -> nn.Parameter | None:
 def _hidden(spec: ViTSpec) -> int:
     """Units of the hidden layer of a head that has one."""
     return spec.width if spec.head_width is None else spec.head_width
-
-
-def init_weights(model: ViT) -> None:
-    """Initialise as the authors' public code does (google-research/vision_transformer, models_vit).
-
-    Patch embedding and pre-logits layer: normal truncated at two standard deviations, variance
-    1 / fan-in ("LeCun"), biases 0. Attention: Xavier uniform, variance 1 / D, for q, k, v and the
-    projection each on their own, biases 0. MLP: Xavier uniform, variance 2 / (D + hidden), biases
-    normal with standard deviation 1e-6. Position parameters, registers and distillation token:
-    normal, 0.02. Class token and heads: 0. LayerNorm: scale 1, bias 0. LayerScale: its initial
-    value. A hybrid's stem: as `ResNetStem` says.
-    """
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            for part in module.qkv.weight.chunk(3):
-                nn.init.xavier_uniform_(part)
-            nn.init.zeros_(module.qkv.bias)
-            init_linear(module.projection)
-        elif isinstance(module, AttentionPool):
-            nn.init.xavier_uniform_(module.probe[0])
-            for part in module.key_value.weight.chunk(2):
-                nn.init.xavier_uniform_(part)
-            nn.init.zeros_(module.key_value.bias)
-            init_linear(module.query)
-            init_linear(module.projection)
-        elif isinstance(module, Mlp):
-            for layer in (module.hidden, module.output):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.normal_(layer.bias, std=1e-6)
-        elif isinstance(module, Block):
-            for scale in (module.scale1, module.scale2):
-                if scale is not None:
-                    nn.init.constant_(scale, model.spec.layer_scale or 0.0)
-    init_lecun(model.patch_embedding.weight)
-    nn.init.zeros_(model.patch_embedding.bias)
-    if model.class_token is not None:
-        nn.init.zeros_(model.class_token)
-    for table in (*model.positions.parameters(), model.registers, model.distillation_token):
-        if table is not None:
-            nn.init.normal_(table, std=0.02)
-    if model.pre_logits is not None:
-        init_lecun(model.pre_logits.weight)
-        nn.init.zeros_(model.pre_logits.bias)
-    init_head(model.head)
-    init_head(model.distillation_head)
-
-
-def part_macs(spec: ViTSpec, training: bool = False) -> list[int]:
-    """Multiply-accumulates of one image's forward pass, of the embedding with a hybrid's stem, each
-    block, and the head with its pooling; in `training` without the patches that are dropped.
-
-    The matrix products of Eq. 1-8 and of the head, not norms, softmax, GELU or additions; of a
-    hybrid, its convolutions too. `forward` needs fewer with a class token: it leaves out what the
-    last block would compute for the patches.
-    """
-    patches, width, hidden = math.prod(spec.grid), spec.width, spec.mlp_width
-    if spec.stem is None:
-        stem = patches * math.prod(spec.patch_size) * spec.in_channels * width
-    else:
-        pixels = math.prod(spec.patch_size) // spec.stem.stride**2
-        stem = stem_macs(spec.stem, spec.image_size, spec.in_channels)
-        stem += patches * pixels * spec.stem.channels * width
-    tokens = spec.prefix + (kept_patches(patches, spec.patch_dropout) if training else patches)
-    mlp = (3 if spec.activation == "swiglu" else 2) * width * hidden
-    blocks = [tokens * (4 * width * width + mlp) + 2 * tokens * tokens * width] * spec.depth
-    if spec.position == "relative":
-        for layer in range(1 if spec.position_at == "stem" else spec.depth):
-            blocks[layer] += tokens * (2 * tokens - 1) * width
-    return [stem, *blocks, _head_macs(spec, tokens, mlp)]
-
-
-def _head_macs(spec: ViTSpec, tokens: int, mlp: int) -> int:
-    """Of attention pooling over so many tokens, `mlp` for each that it gives, and the heads."""
-    width, pool = spec.width, 0
-    if spec.pool == "map":
-        pool = 2 * tokens * width * width + 2 * width * width  # k and v, q and projection
-        pool += 2 * tokens * width + mlp
-    pooled = 2 * width if spec.pool == "token+gap" else width
-    head = (_hidden(spec) if spec.head == "mlp" else pooled) * spec.num_classes
-    if spec.head == "mlp" and spec.num_classes:
-        head += pooled * _hidden(spec)
-    if spec.distillation == "head":
-        head += width * spec.num_classes
-    return pool + head

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from patchword.models import mixer, resnet, vit
 from patchword.models.mixer import Mixer
 from patchword.models.model import Model
 from patchword.models.resnet import ResNet
@@ -61,8 +63,12 @@ STEMS = {
 name. AugReg's R+ViT-Ti/16 (arXiv 2106.10270) is named as if its root had stride 2; root and pooling
 have 4, so that its patches, 8 x 8 pixels of the map, are 32 x 32 of the image."""
 HYBRIDS = (
-    *("R+ViT-Ti/16", "R26+ViT-S/32", "R50+ViT-B/32", "R50+ViT-B/16"),
-    *("R50+ViT-L/32", "R50+ViT-L/16"),
+    "R+ViT-Ti/16",
+    "R26+ViT-S/32",
+    "R50+ViT-B/32",
+    "R50+ViT-B/16",
+    "R50+ViT-L/32",
+    "R50+ViT-L/16",
 )
 RESNETS = {
     "BiT-R50x1": ((3, 4, 6, 3), 1),
@@ -174,19 +180,18 @@ def create_model(
     return build_model(spec, preprocess=preprocess, classes=classes)
 
 
+MODELS: dict[type[ModelSpec], Callable[..., Model]] = {
+    ViTSpec: ViT,
+    ResNetSpec: ResNet,
+    MixerSpec: Mixer,
+}
+
+
 def build_model(
     spec: ModelSpec, *, preprocess: PreprocessSpec | None = None, classes: tuple[str, ...] = ()
 ) -> Model:
     """A freshly initialised model of `spec`'s family."""
-    match spec:
-        case ViTSpec():
-            return ViT(spec, preprocess=preprocess, classes=classes)
-        case ResNetSpec():
-            return ResNet(spec, preprocess=preprocess, classes=classes)
-        case MixerSpec():
-            return Mixer(spec, preprocess=preprocess, classes=classes)
-        case _:
-            raise TypeError(f"{type(spec).__name__} is no family of models")
+    return MODELS[type(spec)](spec, preprocess=preprocess, classes=classes)
 
 
 def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
@@ -240,31 +245,31 @@ def variant_name(spec: ModelSpec) -> str:
     return f"{stem}ViT-{known or f'{spec.depth}x{spec.width}'}/{patch}"
 
 
-def part_macs(spec: ModelSpec, training: bool = False) -> list[int]:
-    """Multiply-accumulates of one image's forward pass, by the family's formula: of what comes
-    before the blocks, of each block, and of the head; in `training` without the patches that are
-    dropped (`patch_dropout`)."""
-    match spec:
-        case ViTSpec():
-            return vit.part_macs(spec, training)
-        case ResNetSpec():
-            return resnet.part_macs(spec)
-        case MixerSpec():
-            return mixer.part_macs(spec)
-        case _:
-            raise TypeError(f"{type(spec).__name__} is no family of models")
+class _Undrawn(TorchFunctionMode):
+    """Draws no normal numbers: a meta tensor has none, and torch loads its compiler to say so."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        return options["tensor"] if func is nn.init.normal_ else func(*args, **options)
+
+
+def unfilled_model(spec: ModelSpec) -> Model:
+    """A model of `spec` on the meta device, without memory for its parameters."""
+    with torch.device("meta"), _Undrawn():
+        return build_model(spec)
 
 
 def macs(spec: ModelSpec) -> int:
-    """Multiply-accumulates of one image's forward pass: the sum of `part_macs`."""
-    return sum(part_macs(spec))
+    """Multiply-accumulates of one image's forward pass, as the family's `macs` counts them."""
+    return unfilled_model(spec).macs()
 
 
 def model_cost(spec: ModelSpec) -> tuple[int, int]:
     """(parameters, multiply-accumulates per image), without allocating the model."""
-    with torch.device("meta"):
-        model = build_model(spec)
-    return sum(p.numel() for p in model.parameters()), macs(spec)
+    model = unfilled_model(spec)
+    return sum(p.numel() for p in model.parameters()), model.macs()
 
 
 def enlarged(spec: ModelSpec, times: float) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from patchword.data.seeding import derived_seed
 from patchword.models.model import Model
 from patchword.models.vit import ViT
-from patchword.models.zoo import macs, part_macs, variant_name
+from patchword.models.zoo import macs, unfilled_model, variant_name
 from patchword.objectives import mae, masked_patch
 from patchword.objectives.base import Objective
 from patchword.objectives.classification import Classification
@@ -87,10 +87,10 @@ def training_exaflops(spec: TrainSpec, model: ModelSpec, images: int) -> float:
 
 
 def training_macs(spec: TrainSpec, model: ModelSpec) -> int:
-    """Multiply-accumulates of one image's forward pass in training, counted as `models.vit`'s
-    `part_macs` does: of the model and the objective's parts, for as many tokens as they see."""
+    """Multiply-accumulates of one image's forward pass in training, counted as `Model.part_macs`
+    does: of the model and the objective's parts, for as many tokens as they see."""
     if spec.objective == "classification" or not isinstance(model, ViTSpec):
-        return sum(part_macs(model, training=True))
+        return sum(unfilled_model(model).part_macs(training=True))
     bare = dataclasses.replace(model, num_classes=0)
     if spec.objective == "mae":
         return mae.macs(bare, spec.pretrain)
@@ -101,6 +101,6 @@ def training_macs(spec: TrainSpec, model: ModelSpec) -> int:
 
 def _frozen_macs(spec: TrainSpec, model: ModelSpec) -> int:
     """Of those, what lies below the lowest part that is trained (`TuneSpec`)."""
-    parts = part_macs(model, training=True)  # embedding, blocks, head
+    parts = unfilled_model(model).part_macs(training=True)  # embedding, blocks, head
     below = {"all": 0, "lora": 1, "last": len(parts) - 1 - spec.tuning.last_blocks}
     return sum(parts[: below[spec.tuning.tune]])

@@ -17,7 +17,7 @@ from patchword.objectives import patches
 from patchword.objectives.base import Objective
 from patchword.objectives.pictures import Pictures
 from patchword.spec.batch import Forward
-from patchword.spec.model import ViTSpec
+from patchword.spec.model import Activation, ViTSpec
 from patchword.spec.train import PretrainSpec
 
 RATE = 0.75
@@ -76,7 +76,8 @@ class Decoder(nn.Module):
         prefix = model.spec.prefix
         x = model.embed(images)  # [b, prefix + N, D]
         seen = patches.taken(x, visible + prefix)
-        seen = model.encode(torch.cat([x[:, :prefix], seen], dim=1) if prefix else seen)
+        seen = torch.cat([x[:, :prefix], seen], dim=1) if prefix else seen
+        seen = model.encode(seen, model.grid_of(images))
         y = self.embedding(seen)
         table = self.position().expand(len(y), -1, -1)
         hidden = self.mask_token + patches.taken(table, masked)
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
         count = masked.shape[1]
         for block in self.blocks[:-1]:
             y = block(y)
-        return self.head(self.norm(self.blocks[-1](y, count)))
+        return self.head(self.norm(self.blocks[-1](y, first=count)))
 
 
 class MaskedAutoencoder(Objective):
@@ -143,15 +144,13 @@ def macs(model: ViTSpec, spec: PretrainSpec) -> int:
     total += tokens * model.width * width
     all_tokens, hidden = model.prefix + count, MLP_RATIO * width
     total += (spec.decoder_depth - 1) * _block(all_tokens, width, hidden)
-    total += _block(all_tokens, width, hidden, wanted=masked)
+    total += _block(all_tokens, width, hidden, first=masked)
     return total + masked * width * pixels
 
 
 def _block(
-    tokens: int, width: int, hidden: int, activation: str = "gelu", wanted: int | None = None
+    tokens: int, width: int, hidden: int, activation: Activation = "gelu", first: int | None = None
 ) -> int:
-    """Of a block that computes `wanted` of its tokens, by default all."""
-    wanted = tokens if wanted is None else wanted
-    mlp = (3 if activation == "swiglu" else 2) * width * hidden
-    projected = 2 * (wanted + tokens) * width * width  # queries and the output; keys and values
-    return projected + wanted * mlp + 2 * wanted * tokens * width
+    """Of a block that computes the first of its tokens, by default all."""
+    with torch.device("meta"):
+        return Block(width, 1, hidden, activation=activation).macs(tokens, first)

@@ -70,7 +70,8 @@ class Predictor(nn.Module):
     def forward(self, model: ViT, images: Tensor, source: Tensor, corrupted: Tensor) -> Tensor:
         x = model.patches(images)  # [b, N, D]
         x = torch.cat([x, self.mask_token.expand(len(x), 1, -1)], dim=1)
-        x = model.encode(model.placed(patches.taken(x, source)))
+        grid = model.grid_of(images)
+        x = model.encode(model.assemble(patches.taken(x, source), grid), grid)
         return self.head(patches.taken(x, corrupted + model.spec.prefix))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from patchword.spec.parse import PatchwordError, to_dict
+from patchword.spec.settled import flatten
 from patchword.spec.train import TrainSpec
 from patchword.training.log import read_lines
 
@@ -85,7 +86,7 @@ def read_run(path: Path) -> RunRecord:
         raise PatchwordError(f"{path} is no run directory: it has no config.json; run train first")
     return RunRecord(
         path=path,
-        config=_read(path / "config.json"),
+        config=flatten(_read(path / "config.json")),
         environment=_read(path / "environment.json"),
         metrics=read_lines(path / "metrics.jsonl"),
         evaluations=read_lines(path / "evaluations.jsonl"),

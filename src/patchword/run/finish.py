@@ -29,7 +29,7 @@ def finish(
     """Measure the best weights, write the report, and with `summary.json` end the run. Returns the
     result, None where no labels were learned, and the summary."""
     summary = _trained(trainer)
-    if trainer.spec.self_supervised:
+    if inputs.request.self_supervised:
         result = None
         summary |= pretraining.outcome(run, summary, trainer, inputs)
         _write_summary(run, summary)
@@ -45,8 +45,8 @@ def finish(
 
 def _trained(trainer: Trainer) -> dict[str, Any]:
     """What was trained, for how long, and which weights are the best."""
-    progress, spec = trainer.progress, trainer.spec
-    images, model = progress.step * spec.batch_size, trainer.model
+    progress, model, request = trainer.progress, trainer.model, trainer.settled.request
+    images = progress.step * request.batch_size
     best = "average" if trainer.average else "raw"
     return {
         "architecture": variant_name(model.spec),
@@ -56,7 +56,7 @@ def _trained(trainer: Trainer) -> dict[str, Any]:
         "images_per_second": round(images / (progress.seconds or 1), 2),
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmacs": macs(model.spec) / 1e9,
-        "exaflops": training_exaflops(spec, model.spec, images),
+        "exaflops": training_exaflops(request, model.spec, images),
         "best_step": progress.step if progress.best is None else progress.best_step,
         "best_weights": best if progress.best is None else progress.best_weights,
         "rollbacks": progress.rollbacks,

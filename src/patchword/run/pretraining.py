@@ -33,7 +33,7 @@ def progress_evaluator(
 ) -> Evaluator:
     """What measures a run on its val part, or on `some` of it, and then without probes: they cost
     more than they say."""
-    if not inputs.spec.self_supervised:
+    if not inputs.request.self_supervised:
         return inputs.evaluator("val", some)
     indices, labelled = inputs.division["val"] if some is None else some, None
     if some is None and probed_images(inputs):
@@ -48,14 +48,14 @@ def progress_evaluator(
         inputs.passes("val", indices),
         inputs.to_input,
         lambda forward, images: objective.loss(forward, images, none),
-        inputs.spec.seed,
+        inputs.request.seed,
         labelled,
     )
 
 
 def criterion(inputs: Inputs) -> Criterion:
     """What chooses the best weights: labels if there are any."""
-    if not inputs.spec.self_supervised:
+    if not inputs.request.self_supervised:
         return TOP1
     return LINEAR if probed_images(inputs) else LOSS
 
@@ -63,7 +63,7 @@ def criterion(inputs: Inputs) -> Criterion:
 def probed_images(inputs: Inputs) -> int:
     """How many images the probes of an evaluation look at; 0 where the labels are learned, where
     they have nothing to tell apart, and where they are not wanted."""
-    if not inputs.spec.self_supervised:
+    if not inputs.request.self_supervised:
         return 0
     parts = [_probed(inputs, part) for part in ("train", "val")]
     labels = [inputs.source.labels[at] for at in parts]
@@ -74,11 +74,11 @@ def probed_images(inputs: Inputs) -> int:
 
 def _probed(inputs: Inputs, part: str) -> np.ndarray:
     """The images of a part whose labels are looked at: a draw by the run's seed, in order."""
-    spec, indices = inputs.spec, inputs.division[part]
-    most = spec.pretrain.probe_images
+    seed, indices = inputs.request.seed, inputs.division[part]
+    most = inputs.request.pretrain.probe_images
     if len(indices) <= most:
         return indices
-    rng = np.random.default_rng(derived_seed(spec.seed, "probe"))
+    rng = np.random.default_rng(derived_seed(seed, "probe"))
     return np.sort(rng.choice(indices, most, replace=False))
 
 
@@ -90,7 +90,7 @@ def outcome(run: Path, summary: dict[str, Any], trainer: Trainer, inputs: Inputs
         if (line["step"], line["weights"]) == (summary["best_step"], summary["best_weights"]):
             found = {key: line[key] for key in ("n", "loss", "knn", "linear") if key in line}
     return {
-        "objective": inputs.spec.objective,
+        "objective": inputs.request.objective,
         "bad_images": len({int(index) for index in trainer.progress.bad} | inputs.bad.keys()),
         "split": "val" if found else None,
         **found,
@@ -99,11 +99,11 @@ def outcome(run: Path, summary: dict[str, Any], trainer: Trainer, inputs: Inputs
 
 def report(run: Path, trainer: Trainer, inputs: Inputs) -> None:
     """Write `report.html` and `MODEL_CARD.md`, with some images as the model predicts them."""
-    spec, model = trainer.spec, load_model(run, device=inputs.device)
+    model = load_model(run, device=inputs.device)
     if trainer.progress.best is None:
         network = trainer.networks["average" if trainer.average else "raw"]
     else:
-        network = create_objective(spec, model).network(model).to(inputs.device)
+        network = create_objective(inputs.request, model).network(model).to(inputs.device)
         read_weights(network, run / "best", FILES["raw"])
     part = "val" if len(inputs.division["val"]) else "train"
     indices = inputs.division[part]
@@ -125,7 +125,7 @@ def _pictures(
     if not len(images):
         return None
     with torch.random.fork_rng([]):
-        torch.manual_seed(derived_seed(inputs.spec.seed, "pictures"))
+        torch.manual_seed(derived_seed(inputs.request.seed, "pictures"))
         shown = objective.pictures(network.eval(), inputs.to_input(images))
     rows = [row.permute(0, 2, 3, 1).float().cpu().numpy() for row in shown]
     return encode(draw_predictions(*rows))

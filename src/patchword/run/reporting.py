@@ -61,9 +61,9 @@ def write_reports(run: Path, results: Results) -> None:
 
 
 def again(run: Path, flags: str = "") -> str:
-    """The command line that repeats a run."""
+    """The command line that repeats a run; of several, `flags` tell how many."""
     config, out = shlex.quote(f"{run}/config.json"), shlex.quote(f"{run}-again")
-    return f"patchword train --config {config}{flags} --out {out}"
+    return f"patchword train --config {config}{flags or ' --settled'} --out {out}"
 
 
 def spread(indices: np.ndarray, most: int) -> np.ndarray:

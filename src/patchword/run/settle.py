@@ -1,399 +1,227 @@
-"""What a run finds out before it starts: resolution, a head, a batch that fits, a learning rate,
-its length.
+"""What a run settles to: everything that the request leaves open, found once and stored.
 
-All of it is stored in the run's `config.json`, or is a pure function of what is; a resumed run
-measures nothing.
+Nothing is measured for what the request, the weights and the machine decide (`assumed`); the rest
+is tried (`run.trials`), on inputs that are thrown away.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import gc
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 
-from patchword.data.splits import drawn
-from patchword.evaluation.probe import Probe, fit_logistic, sweep_logistic
-from patchword.models.summary import layer_table
-from patchword.models.vit import ViT
-from patchword.models.zoo import enlarged
-from patchword.run import folder as runs
-from patchword.run.inputs import Inputs
-from patchword.run.pretraining import probed_images, progress_evaluator
-from patchword.session.device import resolve_precision
-from patchword.session.features import Features, eval_batch_size, extract
-from patchword.spec.parse import PatchwordError
-from patchword.spec.train import TrainSpec, seconds
-from patchword.training.optim import learning_rate
-from patchword.training.trainer import Trainer
-from patchword.weights.load import say_resampled
+from patchword.data.splits import Division
+from patchword.models.model import Model
+from patchword.models.zoo import model_family, variant_name
+from patchword.objectives import RATES
+from patchword.run import trials
+from patchword.run.inputs import Data, Inputs, build_model
+from patchword.run.pretraining import probed_images
+from patchword.run.say import say_data, say_objective, say_probe
+from patchword.session.device import default_workers, resolve_device, resolve_precision
+from patchword.spec.model import ModelSpec, PreprocessSpec
+from patchword.spec.parse import UsageError, nearest
+from patchword.spec.settled import DeviceName, Settled
+from patchword.spec.train import ModelOptions, TrainSpec
+from patchword.training.recipes import recipe_spec
+from patchword.training.trainer import Head
+from patchword.weights.load import describe_weights, say_resampled
 
-SIZE_IMAGES = 2000
-"""of train and of val each, at most, by whose features resolutions are compared"""
-ENLARGED_EPOCHS = 5
-"""that a run limited in time must reach at a higher resolution"""
-TRIAL_SHARE = 0.04
-"""of the run's time or steps, for each learning rate tried"""
-TRIAL_IMAGES = 512
-"""of the val part, on which the rates are compared"""
-EVALUATION_SHARE = 0.2
-"""of the time, at most, for evaluations on the val part where the user does not say how often"""
+KeepHead = Callable[[Model, Head], None]
+
+TIMED_STEPS = 1000
+"""Steps that a run limited in time is assumed to have until its pace is known."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model of the weights that a run starts from."""
+
+    spec: ModelSpec
+    preprocess: PreprocessSpec
+
+
+def origin_of(request: TrainSpec) -> Origin | None:
+    """What the weights of `init` are; None without any."""
+    if request.init is None:
+        return None
+    file = describe_weights(request.init, trust_pickle=request.trust_pickle)
+    return Origin(file.spec, file.preprocess)
+
+
+def assumed(request: TrainSpec, division: Division) -> Settled:
+    """What the request settles to before anything is tried: at the resolution of the weights, at
+    its own learning rate, in one part if it asks for no more, with `TIMED_STEPS` if it is limited
+    in time.
+
+    Raises `UsageError` if the model or the length is missing, the weights of `init` are of another
+    model than the one named, or the model has no such option.
+    """
+    origin = origin_of(request)
+    if origin is None:
+        model = _named_model(request)
+        size, family, base = request.size, model_family(model), PreprocessSpec()
+    else:
+        model = variant_name(origin.spec)
+        size = request.size if request.image_size else origin.spec.image_size
+        family, base = type(origin.spec), origin.preprocess
+        if request.model not in (None, model):
+            raise UsageError(
+                f"--init {request.init} holds {model}, not {request.model}; leave out --model, or "
+                "use another --recipe"
+            )
+    device = resolve_device(request.device)
+    precision = resolve_precision(request.precision, device)
+    settled = Settled(
+        request=request,
+        model=model,
+        image_size=size,
+        options=fitting_options(request, model, family),
+        preprocess=request.preprocess.over(base),
+        device=cast(DeviceName, device.type),
+        precision="float32" if precision is torch.float32 else "bfloat16",
+        workers=default_workers() if request.workers is None else request.workers,
+        mask_rate=_mask_rate(request),
+        steps=0,
+        eval_every=1,
+        checkpoint_every=1,
+        log_every=1,
+        lr=request.optim.lr,
+        parts=request.optim.parts,
+    )
+    return with_steps(settled, _length(request, len(division["train"])))
+
+
+def _named_model(request: TrainSpec) -> str:
+    """The model of a run from scratch."""
+    if request.enlarge != 1:
+        raise UsageError(
+            "--enlarge compares resolutions by the features of weights; give some with --init, or "
+            "use another --recipe"
+        )
+    if request.tuning.tune != "all":
+        raise UsageError(
+            f"--tune {request.tuning.tune} keeps most weights as they are; give some with --init"
+        )
+    if request.model is None:
+        raise UsageError("no model given; use --model ViT-S/16, or --init WEIGHTS")
+    return request.model
+
+
+def _mask_rate(request: TrainSpec) -> float:
+    if not request.self_supervised:
+        return 0.0
+    rate = request.pretrain.mask_rate
+    return RATES[request.objective] if rate is None else rate
+
+
+def _length(request: TrainSpec, train_images: int) -> int:
+    """Steps of the run. Raises `UsageError` where none are asked for."""
+    if request.epochs is not None:
+        return max(1, round(request.epochs * train_images / request.batch_size))
+    if request.images is not None:
+        return max(1, round(request.images / request.batch_size))
+    if request.time is not None:
+        return TIMED_STEPS
+    if request.steps is None:
+        raise UsageError("no length given; use --epochs, --steps, --images or --time")
+    return request.steps
+
+
+def with_steps(settled: Settled, steps: int, eval_every: int | None = None) -> Settled:
+    """The same for another length, with what depends on it; `eval_every` where the user did not say
+    how often, by default ten times a run."""
+    request = settled.request
+    every = request.eval_every or eval_every or max(1, math.ceil(steps / 10))
+    return dataclasses.replace(
+        settled,
+        steps=steps,
+        eval_every=every,
+        checkpoint_every=request.checkpoint_every or every,
+        log_every=request.log_every or max(1, min(50, steps // 100)),
+    )
+
+
+def fitting_options(request: TrainSpec, model: str, family: type[ModelSpec]) -> ModelOptions:
+    """The options that the model's family has. Those of the recipe that it lacks are left out: most
+    recipes were written for ViT. Raises `UsageError` if one lacks that the recipe does not give."""
+    usual = recipe_spec(request.recipe, "").options.given() if request.recipe else {}
+    known = {field.name for field in dataclasses.fields(family)}
+    kept: dict[str, Any] = {}
+    for name, value in request.options.given().items():
+        if name in known:
+            kept[name] = value
+        elif usual.get(name) != value:
+            fields = [f.name for f in dataclasses.fields(ModelOptions) if f.name in known]
+            raise UsageError(f"{model} has no option {name!r}{nearest(name, fields)}")
+    return ModelOptions(**kept)
 
 
 def settle(
-    spec: TrainSpec, inputs: Inputs, started: float, console: Console, *, ready: bool
-) -> TrainSpec:
-    """`spec` with everything that had to be measured on this machine and data; `started` is when
-    the run's time began (monotonic seconds), `ready` whether there is a model without training. The
-    inputs' model stays as it is.
+    request: TrainSpec, data: Data, began: float, console: Console, keep_head: KeepHead
+) -> tuple[Inputs, Head | None]:
+    """All that a new run finds out, in the order in which one thing needs another; `began` is when
+    its time began (monotonic seconds).
 
-    Raises `PatchwordError` if the memory is too small, or the time too short and nothing ready.
+    Returns the inputs, their settings final, and the head on frozen features that the run begins
+    with, if it asks for one; `keep_head(model, head)` is called as soon as that is there, since the
+    rest takes time. Raises `UsageError` as `assumed` does, and `PatchwordError` if the memory is
+    too small, or the time too short and nothing ready.
     """
-    inputs.spec = spec
-    if spec.probe:
-        inputs.spec = spec = _fitting_batch(inputs)
-        if (parts := spec.optim.accumulate) > 1:
-            console.print(f"batch of {spec.batch_size} in {parts} parts, for want of memory")
-    with memory_explained(spec):
-        timed, pace = spec.steps is None, 0.0
-        if timed:
-            with console.status("measuring the time of a step"):
-                pace = _pace(_trial(inputs, 1000), inputs, _limit(spec))
-        if spec.steps != 0 and spec.optim.rates and len(inputs.division["val"]):
-            spec = _chosen_rate(inputs, pace, console)
-            inputs.spec = spec
-        if timed:
-            spec = _in_time(inputs, pace, started, console, ready)
-    _let_go()
-    inputs.spec = spec
-    return spec
+    settled = assumed(request, data.division)
+    inputs = Inputs(data=data, settled=settled, model=build_model(settled, data.source))
+    say_data(console, data, request)
+    if request.self_supervised:
+        say_objective(console, settled, probed_images(inputs))
+    if request.may_enlarge:
+        size = trials.fitting_size(inputs, began, console)
+        if size != settled.image_size:
+            settled = dataclasses.replace(settled, image_size=size)
+            model = build_model(settled, data.source, quiet=True)
+            say_resampled(Path(request.init or ""), inputs.model.spec, model.spec)
+            inputs = dataclasses.replace(inputs, settled=settled, model=model)
+    inputs = inputs.decoded(console)
+    head = ready_head(inputs, began, console)
+    if head is not None:
+        keep_head(inputs.model, head)
+    return _measured(inputs, began, console, ready=head is not None), head
 
 
-class OutOfMemory(PatchwordError):
-    """The memory is too small for a step; the message says what helps."""
-
-
-@contextmanager
-def memory_explained(spec: TrainSpec) -> Iterator[None]:
-    """Turn the errors of want of memory, the device's or the host's, into one with a remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_memory(error):
-            raise
-        raise OutOfMemory(
-            f"out of memory with {spec.batch_size // spec.optim.accumulate} images at a time; "
-            f"use --accumulate {2 * spec.optim.accumulate}, or a smaller --batch-size"
-        ) from error
-
-
-def _is_memory(error: RuntimeError) -> bool:
-    """The driver, cuBLAS and Triton take memory besides PyTorch, and say so in words."""
-    words = ("can't allocate", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
-# The resolution ----------------------------------------------------------------------------------
-
-
-def at_fitting_size(inputs: Inputs, started: float, console: Console) -> Inputs:
-    """The inputs with their model at `enlarge` times the resolution, if a logistic regression on
-    frozen features is better there on the val part; else as they are.
-
-    Stays at the resolution where the model has no other or no head for this, where there is no val
-    part, and where the time is too short for `ENLARGED_EPOCHS`.
-    """
-    spec = inputs.spec
-    size = enlarged(inputs.model.spec, spec.enlarge)
-    if size == spec.size or not len(inputs.division["val"]):
-        return inputs
-    larger = dataclasses.replace(spec, image_size=size)
-    model = runs.build_model(larger, inputs.source, quiet=True)
-    other = dataclasses.replace(inputs, spec=larger, model=model)
-    here, there = _by(spec.size), _by(size)
-    if spec.time is not None:
-        epochs = _epochs_in_time(other, started, console)
-        if epochs < ENLARGED_EPOCHS:
-            said = f"resolution {here}: {spec.time} is {epochs:.1f} epochs at {there}"
-            console.print(said, highlight=False)
-            return inputs
-    sampled = {
-        part: drawn(inputs.source.labels, at, SIZE_IMAGES, spec.seed)
-        for part, at in inputs.division.items()
-    }
-    found: list[float] = []
-    for tried in (inputs, other):
-        probe = probe_head(dataclasses.replace(tried, division=sampled), console, quiet=True)
-        if probe is None:
-            return inputs
-        found.append(probe.accuracy)
-    better = found[1] > found[0]
-    console.print(
-        f"resolution {there if better else here}: a head on frozen features has top-1 on val "
-        f"{found[0]:.2%} at {here}, {found[1]:.2%} at {there}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if not better:
-        return inputs
-    say_resampled(Path(spec.init or ""), inputs.model.spec, model.spec)
-    return other
-
-
-def _by(size: tuple[int, int]) -> str:
-    return "{}x{}".format(*size)
-
-
-def _epochs_in_time(inputs: Inputs, started: float, console: Console) -> float:
-    """About as many epochs as the run will have, by the time of a step."""
-    inputs.spec = spec = _fitting_batch(inputs)
-    with memory_explained(spec), console.status("measuring the time of a step"):
-        pace = _pace(_trial(inputs, 1000), inputs, _limit(spec) / 3)
-    left = 0.75 * (seconds(spec.time or "") - (time.monotonic() - started))
-    return left / pace * spec.batch_size / len(inputs.division["train"])
-
-
-# A head to start from -----------------------------------------------------------------------------
-
-
-def probe_head(inputs: Inputs, console: Console, *, quiet: bool = False) -> Probe | None:
-    """A logistic regression on the model's frozen features, its regulariser chosen on the val part:
-    a usable classifier before any training.
-
-    The features are kept on disk (`features.extract`, `quiet` as there). Returns None where the
-    head is not one linear layer on them.
-    """
-    model, division = inputs.model, inputs.division
-    if model.head is None or (isinstance(model, ViT) and model.pre_logits is not None):
+def ready_head(inputs: Inputs, began: float, console: Console) -> Head | None:
+    """The head on frozen features that a run begins with, if it asks for one and its model has a
+    place for it."""
+    probe = trials.probe_head(inputs, console) if inputs.request.probe else None
+    if probe is None:
         return None
-    found: dict[str, Features] = {}
-    with console.status("") as status:
-        for part in ("train", "val"):
-            if len(division[part]):
-                found[part] = extract(
-                    model,
-                    inputs.source,
-                    division[part],
-                    device=inputs.device,
-                    batch_size=eval_batch_size(model),
-                    workers=inputs.workers if len(division[part]) > 256 else 0,
-                    precision=inputs.spec.precision,
-                    quiet=quiet,
-                    on_bad=inputs.spec.data.on_bad_image,
-                    progress=lambda done, total, part=part: status.update(
-                        f"features of {part}: {done:,}/{total:,} images"
-                    ),
-                )
-        status.update("fitting a head to the features")
-        return _probe(found["train"], found.get("val"), len(inputs.source.classes))
+    say_probe(console, probe, inputs.division, time.monotonic() - began)
+    return probe.weight, probe.bias
 
 
-def _probe(train: Features, val: Features | None, classes: int) -> Probe:
-    """The regulariser is chosen on val, or where there is none on every fifth image of a class; the
-    head is then fitted to all of train."""
-    if val is not None:
-        return sweep_logistic(train.pooled, train.labels, val.pooled, val.labels, classes)
-    rank = torch.zeros_like(train.labels)
-    for k in range(classes):
-        mine = train.labels == k
-        rank[mine] = torch.arange(int(mine.sum()))
-    held = rank % 5 == 4
-    if not held.any():  # fewer than five images of every class
-        held = torch.ones_like(held)
-    rest = ~held if not held.all() else held
-    probe = sweep_logistic(
-        train.pooled[rest], train.labels[rest], train.pooled[held], train.labels[held], classes
-    )
-    weight, bias = fit_logistic(train.pooled, train.labels, classes, probe.l2)
-    return dataclasses.replace(probe, weight=weight, bias=bias)
-
-
-# The batch ---------------------------------------------------------------------------------------
-
-
-def has_own_memory(device: torch.device) -> bool:
-    """Whether want of memory on the device is an error to go on from: on a CPU the system may end
-    the process instead."""
-    return device.type == "cuda"
-
-
-def _fitting_batch(inputs: Inputs) -> TrainSpec:
-    """The spec with its batch divided into as many parts as the memory needs: on a GPU the first
-    number with which a step works, elsewhere by the activations that a step keeps.
-
-    Raises `PatchwordError` if no number is enough.
-    """
-    spec = inputs.spec
-    parts = spec.optim.accumulate
-    if has_own_memory(inputs.device):
-        while True:
-            try:
-                with memory_explained(spec):
-                    _pace(_trial(inputs, 1000), inputs, 0.0, steps=1)
-                break
-            except OutOfMemory:
-                if spec.batch_size % (2 * parts):
-                    raise
-            parts *= 2
-            inputs.spec = spec = _accumulating(spec, parts)
-    else:
-        kept = sum(row.activation_bytes for row in layer_table(inputs.model.spec))
-        size = kept // 2 if spec.precision == "bfloat16" else kept
-        room = 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        while size * spec.batch_size / parts > room and not spec.batch_size % (2 * parts):
-            parts *= 2
-        spec = _accumulating(spec, parts)
-    return spec
-
-
-def _accumulating(spec: TrainSpec, parts: int) -> TrainSpec:
-    return dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, accumulate=parts))
-
-
-# The learning rate -------------------------------------------------------------------------------
-
-
-def _chosen_rate(inputs: Inputs, pace: float, console: Console) -> TrainSpec:
-    """The spec with the learning rate of `optim.rates` whose short run of its own, from the same
-    weights and over the same batches, ends with the lowest loss on the val part."""
-    spec = inputs.spec
-    if spec.steps is None:
-        count = int(TRIAL_SHARE * seconds(spec.time or "") / pace)
-        if count < 5:
-            said = f"too little time to try learning rates: {spec.optim.lr:g} it is"
-            console.print(said, highlight=False)
-            return spec
-    else:
-        count = max(5, min(100, int(TRIAL_SHARE * spec.steps)))
-    losses: dict[float, float] = {}
-    for rate in spec.optim.rates:
-        with console.status(f"trying the learning rate {rate:g} for {count} steps"):
-            losses[rate] = _trial_loss(inputs, rate, count)
-    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-    if not finite:
-        raise PatchwordError(
-            f"no learning rate of {', '.join(f'{rate:g}' for rate in losses)} gives a finite loss; "
-            "give a lower --lr"
-        )
-    best = min(finite, key=lambda rate: finite[rate])
-    others = ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in losses.items() if rate != best)
-    console.print(
-        f"learning rate {best:g}: val loss {losses[best]:.3f} after {count} steps"
-        + (f", against {others}" if others else ""),
-        highlight=False,
-    )
-    return dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, lr=best))
-
-
-def _trial_loss(inputs: Inputs, rate: float, count: int) -> float:
-    trainer = _trial(inputs, count, rate)
-    with closing(inputs.feed(0, count)) as batches:
-        for position, batch in enumerate(batches):
-            step_rate = learning_rate(position, count, trainer.spec.optim)
-            loss, _ = trainer.step(*inputs.prepare(batch, position), step_rate)
-            if not math.isfinite(loss):
-                return math.inf
-            trainer.progress.step = trainer.progress.position = position + 1
-    some = drawn(inputs.source.labels, inputs.division["val"], TRIAL_IMAGES, trainer.spec.seed)
-    measure = progress_evaluator(inputs, trainer.objective, some)
-    return float(measure(trainer.network.eval())["loss"])
-
-
-def _trial(inputs: Inputs, steps: int, rate: float | None = None) -> Trainer:
-    """A trainer of a copy of the model, for a run of so many steps; the one before is let go."""
-    _let_go()
-    spec = runs.with_steps(inputs.spec, steps)
-    if rate is not None:
-        spec = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, lr=rate))
-    dtype = resolve_precision(spec.precision, inputs.device)
-    return Trainer(copy.deepcopy(inputs.model), spec, inputs.device, dtype, inputs.class_weights())
-
-
-def _let_go() -> None:
-    """Give back the memory of trials that are over: PyTorch's optimisers hang in cycles of
-    references, which Python leaves lying for a while, their weights on the device with them."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-# The length --------------------------------------------------------------------------------------
-
-
-def _limit(spec: TrainSpec) -> float:
-    """Seconds to measure the pace for."""
-    return min(30.0, 0.03 * seconds(spec.time or ""))
-
-
-def _in_time(
-    inputs: Inputs, pace: float, started: float, console: Console, ready: bool
-) -> TrainSpec:
-    """The spec with as many steps as fit into its time with the evaluations, which are timed on a
-    sample, and 5 % in hand; none if that is too short for a step and a model is `ready`.
-
-    Raises `PatchwordError` if it is too short and none is.
-    """
-    spec = inputs.spec
-    budget = seconds(spec.time or "")
-    trainer = _trial(inputs, 1000)
-    val = _evaluation_time(inputs, trainer, "val") * (2 if spec.optim.average else 1)
-    test = _evaluation_time(inputs, trainer, "test")
-    left = 0.95 * (budget - (time.monotonic() - started)) - test - (val if ready else 0.0)
-    if spec.eval_every is None:
-        rounds = max(1, min(10, int(EVALUATION_SHARE * left / val))) if val else 10
-        steps = int((left - rounds * val) / pace)
-        spec = dataclasses.replace(spec, eval_every=max(1, math.ceil(steps / rounds)))
-    else:
-        steps = int(left / (pace + val / spec.eval_every))
-    if steps < 1 and not ready:
-        raise PatchwordError(
-            f"--time {spec.time} is too short: a step takes {pace:.2g} s, an evaluation {val:.2g} "
-            f"s, and {max(left, 0):.0f} s are left for them; give more time"
-        )
-    said = (
-        f"{spec.time}: {steps:,} steps of {pace:.3f} s"
-        if steps > 0
-        else (f"{spec.time} leaves no time to train in: the head on frozen features is the model")
-    )
-    console.print(said, highlight=False, soft_wrap=True)
-    return runs.with_steps(spec, max(0, steps))
-
-
-def _evaluation_time(inputs: Inputs, trainer: Trainer, part: str) -> float:
-    """Seconds that the evaluation of a part takes, by a sample of it; without labels there is none
-    of test."""
-    size = len(inputs.division[part])
-    some = inputs.division[part][: 4 * eval_batch_size(inputs.model)]
-    if not size or (part == "test" and inputs.spec.self_supervised):
-        return 0.0
-    began = time.monotonic()
-    if part == "val":
-        progress_evaluator(inputs, trainer.objective, some)(trainer.network.eval())
-        size += probed_images(inputs)
-    else:
-        inputs.evaluator(part, some)(trainer.network.eval())
-    return (time.monotonic() - began) * size / len(some)
-
-
-def _pace(trainer: Trainer, inputs: Inputs, limit: float, steps: int = 4) -> float:
-    """Mean seconds per step over `steps` steps and `limit` seconds at least, but for the first
-    three."""
-    taken: list[float] = []
-    with closing(inputs.feed(0, 10_000)) as batches:
-        began = mark = time.monotonic()
-        for position, batch in enumerate(batches):
-            trainer.step(*inputs.prepare(batch, position), trainer.spec.optim.lr * 1e-3)
-            taken.append(time.monotonic() - mark)
-            mark = time.monotonic()
-            if len(taken) >= steps and mark - began >= limit:
-                break
-    return float(np.mean(taken[3:] or taken))
+def _measured(inputs: Inputs, began: float, console: Console, *, ready: bool) -> Inputs:
+    """The inputs with the settings that have to be measured on this machine and data: parts of a
+    step, learning rate, length. `ready`: there is a model without training."""
+    request, pace = inputs.request, 0.0
+    if request.probe:
+        parts = trials.fitting_parts(inputs)
+        inputs = inputs.settling(parts=parts)
+        if parts > 1:
+            console.print(f"batch of {request.batch_size} in {parts} parts, for want of memory")
+    with trials.memory_explained(inputs.settled):
+        if request.time is not None:
+            with console.status("measuring the time of a step"):
+                pace = trials.pace(trials.trainer_of(inputs), inputs, trials.limit(request))
+        if inputs.settled.steps and request.optim.rates and len(inputs.division["val"]):
+            inputs = inputs.settling(lr=trials.best_rate(inputs, pace, console))
+        if request.time is not None:
+            steps, every = trials.fitting_length(inputs, pace, began, console, ready=ready)
+            settled = with_steps(inputs.settled, steps, every)
+            inputs = dataclasses.replace(inputs, settled=settled)
+    trials.let_go()
+    return inputs

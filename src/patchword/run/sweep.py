@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import statistics
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from patchword.data.sources import Source, open_source
 from patchword.data.splits import Division, hold_out
 from patchword.run import folder as runs
 from patchword.run.reporting import report_run
-from patchword.run.train import TrainResult, train
+from patchword.run.settle import assumed
+from patchword.run.train import TrainResult, train_in
 from patchword.session.measuring import evaluate
 from patchword.spec.parse import PatchwordError, UsageError
 from patchword.spec.train import TrainSpec
@@ -35,7 +37,7 @@ AROUND = (0.1, 0.3, 1.0, 3.0)
 class SweepResult:
     """What a sweep, or the same run with several seeds, has found so far."""
 
-    run: Path
+    folder: Path
     rates: dict[str, dict[str, float] | None]
     """learning rate -> `top1` and `loss` on the held-out images, None if the loss was not finite;
     empty without a sweep"""
@@ -151,20 +153,21 @@ def _divisions(source: Source, spec: TrainSpec) -> tuple[Division, Division]:
 
 
 def _start(
-    folder: Path, spec: TrainSpec, source: Source, division: Division, overwrite: bool
+    folder: Path, request: TrainSpec, source: Source, division: Division, overwrite: bool
 ) -> None:
     """Record what is asked for in the directory of the whole. Raises `UsageError` if it differs
     from what is there."""
-    stored = None if overwrite else runs.stored_spec(folder)
+    stored = None if overwrite else runs.stored_config(folder)
     if stored is None:
-        spec = runs.resolve(spec, division)
-        runs.check_init_outlives(folder, spec)
+        assumed(request, division)  # raises what a run would
+        runs.check_init_outlives(folder, request)
         runs.clear(folder)
-        runs.store(folder, spec, source, division)
+        runs.store(folder, request, None, source, division)
     elif (folder / "checkpoints").exists():
         raise UsageError(f"{folder} holds a single run; give another --out, or --overwrite")
     else:
-        runs.resume_spec(spec, stored, runs.open_division(folder, source, spec), folder)
+        runs.open_division(folder, source, request)
+        runs.check_same(folder, request, stored)
 
 
 class _Sweep:
@@ -179,7 +182,7 @@ class _Sweep:
         self.repeats = repeats
         self.console = console
         stored = _read(folder / runs.SWEEP)
-        self.found = SweepResult(run=folder, rates=stored.get("rates", {}), runs=[])
+        self.found = SweepResult(folder=folder, rates=stored.get("rates", {}), runs=[])
         self.first: TrainResult | None = None
         self.before = 0
         """runs that come before the final ones"""
@@ -202,9 +205,11 @@ class _Sweep:
     def try_rate(self, run: Path, rate: float, division: Division) -> dict[str, float] | None:
         """Top-1 and loss on the held-out images after the last step, of the weights that a final
         run would keep."""
-        spec = runs.resolve(_with_rate(replace(self.spec, keep=1), rate), division)
-        every = spec.checkpoint_every if self.spec.checkpoint_every else _tenth(spec.steps)
-        spec = replace(spec, eval_every=max(1, spec.steps or 0), checkpoint_every=every)
+        spec = _with_rate(replace(self.spec, keep=1), rate)
+        found = assumed(spec, division)
+        last, often = max(1, found.steps), max(1, math.ceil(found.steps / 10))
+        every = self.spec.checkpoint_every or often
+        spec = replace(spec, eval_every=last, checkpoint_every=every)
         try:
             self.train(run, spec, division)
         except Diverged as error:
@@ -237,7 +242,7 @@ class _Sweep:
         """The final runs: nothing is held out, so the last weights are kept."""
         self.found.chosen = rate
         spec = replace(self.spec, data=replace(self.spec.data, val_fraction=0.0))
-        spec = runs.resolve(_with_rate(spec, rate), division)
+        spec = _with_rate(spec, rate)
         for k in range(self.repeats):
             seeded = replace(spec, seed=spec.seed + k)
             self.add(k, seeded, division, f"learning rate {rate:g} on all of train")
@@ -246,7 +251,9 @@ class _Sweep:
         """The first run as `train` does it, the others with what it settled on and other seeds."""
         self.add(0, self.spec, None, "as asked")
         run = self.folder / "run-0"
-        spec = runs.stored_spec(run) or self.spec
+        stored = runs.stored_config(run)
+        settled = stored.settled if stored else None
+        spec = self.spec if settled is None else settled.pinned()
         self.found.chosen = spec.optim.lr
         division = runs.open_division(run, self.source, spec)
         for k in range(1, self.repeats):
@@ -258,21 +265,19 @@ class _Sweep:
         summary = _read(run / runs.SUMMARY)
         if not summary.get("finished"):
             self.say(self.before + k + 1, f"{what}, seed {spec.seed}")
-            done = self.train(run, spec, division)
-            self.first = done if k == 0 else self.first
-            summary = done.summary
+            trained = self.train(run, spec, division)
+            self.first = trained if k == 0 else self.first
+            summary = trained.summary
         row = {"run": run.name, "seed": spec.seed} | {n: summary[n] for n in ("top1", "loss")}
         self.found.runs.append(row)
         self.found.split = summary["split"]
         self.record()
 
     def train(self, run: Path, spec: TrainSpec, division: Division | None) -> TrainResult:
-        """Train in a directory of its own; with `division` on that one, and not on what the spec
-        would make. `spec` is then resolved."""
-        if division is not None and not runs.is_run(run):
-            with runs.locked(run):
-                runs.store(run, spec, self.source, division)
-        return train(spec, out=run, console=self.console)
+        """Train in a directory of its own, on `division` or on what the request makes."""
+        return train_in(
+            run, spec, self.source, division, began=time.monotonic(), console=self.console
+        )
 
     def say(self, number: int, what: str) -> None:
         """Which run begins."""
@@ -310,10 +315,6 @@ class _Sweep:
 def _with_rate(spec: TrainSpec, rate: float) -> TrainSpec:
     """The spec with this learning rate alone."""
     return replace(spec, optim=replace(spec.optim, lr=rate, rates=()))
-
-
-def _tenth(steps: int | None) -> int:
-    return max(1, math.ceil((steps or 0) / 10))
 
 
 def _remove(path: Path) -> None:

@@ -25,6 +25,10 @@ class Batch:
     """(position in the source, reason) of the images that could not be decoded"""
 
 
+Grid = tuple[int, int]
+"""Patches along height and width, (rows, columns)."""
+
+
 class Outputs(NamedTuple):
     """What a model knows of a batch before its head."""
 
@@ -33,8 +37,8 @@ class Outputs(NamedTuple):
     tokens: Tensor
     """float `[B, N, D]`, the patches, row by row: after the last LayerNorm, but before it with
     `ViTSpec.pool_norm`, for then it is the norm of their mean and never acts on a patch"""
-    grid: tuple[int, int]
-    """patches along height and width; N = their product"""
+    grid: Grid
+    """N = their product"""
 
 
 Forward = Callable[..., Tensor]

@@ -55,8 +55,9 @@ class OptimSpec:
     momentum: float = 0.9
     clip: float = 1.0
     """global gradient norm, 0 for no clipping"""
-    accumulate: int = 1
-    """micro-batches per step; the batch size is that of the step"""
+    parts: int = 1
+    """of a step, computed one after the other, where memory is short; --batch-size is that of the
+    whole step, and images are mixed within a part"""
     loss: Loss = "softmax"
     label_smoothing: float = 0.0
     average: float = 0.0
@@ -79,7 +80,7 @@ class OptimSpec:
         _require(
             all(0 < rate < math.inf for rate in self.rates), f"rates {self.rates} must be positive"
         )
-        _require(self.accumulate >= 1, f"accumulate is {self.accumulate}; use 1 or more")
+        _require(self.parts >= 1, f"parts is {self.parts}; use 1 or more")
         _require(self.rsqrt_timescale >= 1, "rsqrt_timescale must be 1 or more")
 
 
@@ -253,8 +254,8 @@ class TrainSpec:
         _require(self.keep >= 1, f"keep is {self.keep}; use 1 or more")
         _require(self.workers is None or self.workers >= 0, "workers must be 0 or more")
         _require(
-            self.batch_size % self.optim.accumulate == 0,
-            f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}",
+            self.batch_size % self.optim.parts == 0,
+            f"batch_size {self.batch_size} is not a multiple of parts {self.optim.parts}",
         )
         if self.time is not None:
             seconds(self.time)

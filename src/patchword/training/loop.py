@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from patchword.spec.batch import Batch, Evaluator, Forward
 from patchword.spec.parse import Interrupted, PatchwordError
+from patchword.spec.settled import Settled
 from patchword.training.checkpoint import Checkpoints, damage
 from patchword.training.clock import Clock
 from patchword.training.criterion import TOP1, Criterion
@@ -62,8 +63,8 @@ class _CutShort(Exception):
 
 
 @dataclass(kw_only=True)
-class Run:
-    """A training run: a trainer, its data and evaluators, and the folder it writes to."""
+class Loop:
+    """A trainer, its data and evaluators, and the folder that a run writes to."""
 
     trainer: Trainer
     feed: Feed
@@ -86,61 +87,66 @@ class Run:
     """a head for the frozen body, measured as step 0 and kept if training does not better it"""
     signals: list[int] = field(default_factory=list)
     """those received while training"""
+    saved: int = field(init=False)
+    """step of the newest checkpoint"""
 
     def fit(self) -> None:
         """Train to the last step, from wherever the trainer is.
 
         Raises `Interrupted` after SIGTERM or SIGINT, and `TrainingError` on a loss that is not
-        finite or a checkpoint that cannot be written, as the spec's policies say.
+        finite or a checkpoint that cannot be written, as the request's policies say.
         """
-        spec, trainer = self.trainer.spec, self.trainer
-        total, every = _given(spec.steps), _given(spec.checkpoint_every)
-        eval_every = _given(spec.eval_every)
+        total = self.settled.steps
         with watch_signals(self.signals), self.live:
-            saved = trainer.progress.step
+            self.saved = self.trainer.progress.step
             self.check_best()
-            self.evaluate_if_missed(saved)
-            if saved == 0 and (total == 0 or spec.on_nan == "rollback"):
+            self.evaluate_if_missed()
+            if self.saved == 0 and (total == 0 or self.settled.request.on_nan == "rollback"):
                 self.save()
-            while trainer.progress.step < total:
-                progress = trainer.progress
+            while self.trainer.progress.step < total:
+                progress = self.trainer.progress
                 stop = progress.position + total - progress.step
-                clock = Clock(progress)
                 with closing(self.feed(progress.position, stop)) as batches:
-                    for batch in clock.waiting(batches):
-                        rate = learning_rate(progress.step, total, spec.optim)
-                        self.note_bad(batch)
-                        loss, norm = trainer.step(*self.prepare(batch, progress.position), rate)
-                        if not (math.isfinite(loss) and math.isfinite(norm)):
-                            self.fail_or_roll_back(loss, norm)
-                            saved = trainer.progress.step
-                            self.evaluate_if_missed(saved)
-                            break
-                        progress.step += 1
-                        progress.position += 1
-                        progress.loss_sum += loss
-                        progress.loss_count += 1
-                        clock.count(len(batch.labels))
-                        self.show(clock, rate, norm, total)
-                        if due(progress.step, eval_every, total):
-                            with clock.paused():
-                                self.evaluate()
-                        if due(progress.step, every, total) or self.signals:
-                            with clock.paused():
-                                saved = self.save()
-                        self.stop_if_asked(saved)
-            if saved != total:
-                raise TrainingError(
-                    f"trained to step {total}, which could not be saved; {self.last_good()}; "
-                    "free some space and run the same command"
-                )
+                    self.follow(batches)
+        if self.saved != total:
+            raise TrainingError(
+                f"trained to step {total}, which could not be saved; {self.last_good()}; "
+                "free some space and run the same command"
+            )
 
-    def stop_if_asked(self, saved: int) -> None:
-        """Raise `Interrupted` after a signal; `saved` is the step of the newest checkpoint."""
+    @property
+    def settled(self) -> Settled:
+        """The settings of the run."""
+        return self.trainer.settled
+
+    def follow(self, batches: Generator[Batch, None, None]) -> None:
+        """Train on batches, to their end or to the first whose update is not finite."""
+        settled, progress = self.settled, self.trainer.progress
+        clock, total = Clock(progress), settled.steps
+        for batch in clock.waiting(batches):
+            rate = learning_rate(progress.step, total, settled.optim)
+            self.note_bad(batch)
+            loss, norm = self.trainer.step(*self.prepare(batch, progress.position), rate)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.fail_or_roll_back(loss, norm)
+                return
+            progress.count(loss)
+            clock.count(len(batch.labels))
+            self.show(clock, rate, norm)
+            if due(progress.step, settled.eval_every, total):
+                with clock.paused():
+                    self.evaluate()
+            if due(progress.step, settled.checkpoint_every, total) or self.signals:
+                with clock.paused():
+                    self.save()
+            self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Raise `Interrupted` after a signal."""
         if self.signals:
             step = self.trainer.progress.step
-            if saved != step:
-                logger.warning("the last checkpoint is that of step %d", saved)
+            if self.saved != step:
+                logger.warning("the last checkpoint is that of step %d", self.saved)
             name = signal.Signals(self.signals[0]).name
             raise Interrupted(f"stopped by {name} after step {step}", self.signals[0])
 
@@ -151,10 +157,9 @@ class Run:
                 self.trainer.progress.bad[str(index)] = reason
                 name_bad(index, reason, self.locate, self.named)
 
-    def show(self, clock: Clock, rate: float, norm: float, total: int) -> None:
+    def show(self, clock: Clock, rate: float, norm: float) -> None:
         """Move the live line; at log points, write a line of metrics."""
-        progress, spec = self.trainer.progress, self.trainer.spec
-        last = due(progress.step, _given(spec.log_every), total)
+        progress, total = self.trainer.progress, self.settled.steps
         loss = progress.loss_sum / progress.loss_count
         left = (total - progress.step) * clock.seconds_per_step()
         epoch = progress.position / self.steps_per_epoch
@@ -164,11 +169,11 @@ class Run:
             f"data wait {clock.wait_share():.0%}  {duration(left)} left",
             last=progress.step == total,
         )
-        if last:
+        if due(progress.step, self.settled.log_every, total):
             line = {
                 "step": progress.step,
                 "epoch": round(epoch, 4),
-                "images": progress.step * spec.batch_size,
+                "images": progress.step * self.settled.request.batch_size,
                 "lr": rate,
                 "loss": loss,
                 "grad_norm": norm,
@@ -217,16 +222,16 @@ class Run:
 
         return forward
 
-    def evaluate_if_missed(self, saved: int) -> None:
+    def evaluate_if_missed(self) -> None:
         """Measure the ready head before the first step, and make up for an evaluation that a signal
         cut short before the checkpoint was saved."""
-        progress, spec = self.trainer.progress, self.trainer.spec
-        wanted = due(progress.step, _given(spec.eval_every), _given(spec.steps))
+        progress = self.trainer.progress
+        wanted = due(progress.step, self.settled.eval_every, self.settled.steps)
         wanted |= progress.step == 0 and self.ready_head is not None
         if wanted and progress.evaluated < progress.step:
             with self.trainer.wearing(self.ready_head if progress.step == 0 else None):
                 self.evaluate()
-            self.stop_if_asked(saved)
+            self.stop_if_asked()
 
     def keep_best(self, val: dict[str, dict[str, Any]]) -> None:
         """Write weights just measured as `best`, the average first, if they are as good as any were
@@ -254,8 +259,12 @@ class Run:
         if progress.best is not None:
             logger.info(
                 "step %d: %s on val %s; kept %s (step %d, %s weights)",
-                *(progress.step, by.name, by.shown(by.top(values.values()))),
-                *(by.shown(progress.best), progress.best_step, progress.best_weights),
+                progress.step,
+                by.name,
+                by.shown(by.top(values.values())),
+                by.shown(progress.best),
+                progress.best_step,
+                progress.best_weights,
             )
 
     def check_best(self) -> None:
@@ -269,21 +278,22 @@ class Run:
             logger.warning(
                 "the best weights, of step %d, are no longer there (%s); choosing among those to "
                 "come",
-                *(progress.best_step, problem),
+                progress.best_step,
+                problem,
             )
             self.checkpoints.forget_best()
             progress.best, progress.best_step = None, 0
             progress.top = progress.ready = None
 
-    def save(self) -> int:
-        """Write a checkpoint; returns the step of the newest one."""
+    def save(self) -> None:
+        """Write a checkpoint."""
         progress = self.trainer.progress
         for lines in (self.metrics, self.evaluations):
             self.guard(lines.flush)
         self.guard(partial(write_csv, self.metrics.path))
         self.guard(lambda: self.checkpoints.save(progress.step, self.trainer.write))
         newest = self.checkpoints.steps()[:1]
-        return int(newest[0].name.removeprefix("step-")) if newest else 0
+        self.saved = int(newest[0].name.removeprefix("step-")) if newest else 0
 
     def append(self, lines: Lines, line: dict[str, Any]) -> None:
         """Write a line of a log."""
@@ -297,7 +307,7 @@ class Run:
         except OSError as error:
             step = self.trainer.progress.step
             message = f"cannot save at step {step}: {error.strerror or error}; {self.last_good()}"
-            if self.trainer.spec.on_save_error == "stop":
+            if self.settled.request.on_save_error == "stop":
                 raise TrainingError(
                     f"{message}; free some space and run the same command"
                 ) from error
@@ -311,12 +321,12 @@ class Run:
 
     def fail_or_roll_back(self, loss: float, norm: float) -> None:
         """The update was not applied: stop, or go back and pass over the batches up to here."""
-        progress, spec = self.trainer.progress, self.trainer.spec
+        progress = self.trainer.progress
         message = (
             f"loss {loss}, gradient norm {norm} at step {progress.step + 1}: update not applied; "
             f"{self.last_good()}"
         )
-        if spec.on_nan == "stop":
+        if self.settled.request.on_nan == "stop":
             raise Diverged(f"{message}; try a lower --lr, or --on-nan rollback")
         if progress.rollbacks >= 10:
             raise Diverged(f"{message}; that was rollback {progress.rollbacks}, giving up")
@@ -337,9 +347,5 @@ class Run:
             evaluated=back.evaluated,
             rollbacks=progress.rollbacks + 1,
         )
-
-
-def _given(value: int | None) -> int:
-    if value is None:
-        raise ValueError("the spec is not resolved")
-    return value
+        self.saved = back.step
+        self.evaluate_if_missed()

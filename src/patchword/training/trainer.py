@@ -17,8 +17,8 @@ from patchword.data.seeding import derived_seed
 from patchword.models.model import Model
 from patchword.objectives import create_objective
 from patchword.objectives.base import body, parts_of
-from patchword.session.device import Working
-from patchword.spec.train import TrainSpec
+from patchword.session.device import Working, resolve_precision
+from patchword.spec.settled import Settled
 from patchword.training.average import Average
 from patchword.training.checkpoint import write_text
 from patchword.training.optim import build_optimizer, load_optimizer_state, optimizer_state
@@ -54,6 +54,13 @@ class Progress:
     rollbacks: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     """unreadable images: position in the source -> reason"""
+
+    def count(self, loss: float) -> None:
+        """One more update is done."""
+        self.step += 1
+        self.position += 1
+        self.loss_sum += loss
+        self.loss_count += 1
 
 
 Head = tuple[Tensor, Tensor]
@@ -99,53 +106,49 @@ def read_weights(network: nn.Module, folder: Path, names: tuple[str, str]) -> No
 class Trainer:
     """A model in training: weights, average, optimiser, progress; saved and restored together."""
 
-    def __init__(
-        self,
-        model: Model,
-        spec: TrainSpec,
-        device: torch.device,
-        dtype: torch.dtype,
-        class_weights: Tensor | None = None,
-    ) -> None:
+    def __init__(self, model: Model, settled: Settled, class_weights: Tensor | None = None) -> None:
         """`class_weights`, float `[K]`: what the loss of an image counts by its class."""
-        self.model = model.to(device).train()
-        self.spec = spec
-        self.device = device
-        weights = None if class_weights is None else class_weights.to(device)
-        self.objective = create_objective(spec, self.model, weights)
-        self.network = self.objective.network(self.model).to(device).train()
-        freeze(self.model, spec.tuning)
-        self.average = Average(self.network, spec.optim.average) if spec.optim.average else None
-        self.working = Working(self.network, dtype, spec.compile)
+        request, optim = settled.request, settled.optim
+        self.settled = settled
+        self.device = torch.device(settled.device)
+        self.model = model.to(self.device).train()
+        weights = None if class_weights is None else class_weights.to(self.device)
+        self.objective = create_objective(request, self.model, weights)
+        self.network = self.objective.network(self.model).to(self.device).train()
+        freeze(self.model, request.tuning)
+        self.average = Average(self.network, optim.average) if optim.average else None
+        dtype = resolve_precision(settled.precision, self.device)
+        self.working = Working(self.network, dtype, request.compile)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if self.objective.parts is not None:
             own = self.objective.parts.named_parameters()
             self.trained |= {f"objective.{name}": p for name, p in own}
         self.adapters: Adapters | None = None
-        if spec.tuning.tune == "lora":
-            self.adapters = Adapters(self.model, self.working.module, spec.tuning, spec.seed)
+        if request.tuning.tune == "lora":
+            self.adapters = Adapters(self.model, self.working.module, request.tuning, request.seed)
             for name in self.adapters.base:
                 del self.trained[name]
             self.trained |= self.adapters.parameters
-        self.optimizer = build_optimizer(self.trained, spec.optim)
+        self.optimizer = build_optimizer(self.trained, optim)
         self.progress = Progress()
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[float, float]:
         """One update. Returns loss and gradient norm; if either is not finite, nothing changed."""
-        optim = self.spec.optim
+        count, clip = self.settled.parts, self.settled.optim.clip
         self.working.train()
         loss = torch.zeros((), device=self.device)
-        chunks = zip(inputs.chunk(optim.accumulate), targets.chunk(optim.accumulate), strict=True)
-        for micro, (images, wanted) in enumerate(chunks):
-            torch.manual_seed(derived_seed(self.spec.seed, "model", self.progress.position, micro))
-            part = self.objective.loss(self.working, images, wanted) / optim.accumulate
-            part.backward()
+        parts = zip(inputs.chunk(count), targets.chunk(count), strict=True)
+        for number, (images, wanted) in enumerate(parts):
+            seed, position = self.settled.request.seed, self.progress.position
+            torch.manual_seed(derived_seed(seed, "model", position, number))
+            share = self.objective.loss(self.working, images, wanted) / count
+            share.backward()
             self.working.collect()
-            loss += part.detach()
+            loss += share.detach()
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if optim.clip:
-            torch._foreach_mul_(gradients, (optim.clip / (norm + 1e-6)).clamp(max=1.0))
+        if clip:
+            torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
         values = torch.stack([loss, norm]).tolist()
         if all(map(math.isfinite, values)):
             for group in self.optimizer.param_groups:

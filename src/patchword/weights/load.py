@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from patchword.data.class_names import ClassNames, read_class_names
 from patchword.models.model import Model, init_lecun
 from patchword.models.position import resample_positions
-from patchword.models.zoo import build_model, resized, spec_from_dict, variant_name
+from patchword.models.zoo import resized, spec_from_dict, unfilled_model, variant_name
 from patchword.spec.model import (
     CalibrationSpec,
     MixerSpec,
@@ -306,21 +305,10 @@ def _assembled(
     return model
 
 
-class _Undrawn(TorchFunctionMode):
-    """Draws no normal numbers: a meta tensor has none, and torch loads its compiler to say so."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        return given["tensor"] if func is nn.init.normal_ else func(*args, **given)
-
-
 def _unfilled(spec: ModelSpec, path: Path) -> Model:
     """A model without memory for its parameters. Raises `PatchwordError` if none has that much."""
     try:
-        with torch.device("meta"), _Undrawn():
-            return build_model(spec)
+        return unfilled_model(spec)
     except RuntimeError as error:
         raise PatchwordError(f"{path}: its model cannot be built: {error}") from None
 

@@ -32,7 +32,7 @@ LIGHTEST = 0.15
 """opacity of the colour where a map is 0; it is 0.85 more at the largest value"""
 
 
-def draw_explanation(image: ArrayLike, found: Explanation, label: str) -> Figure:
+def draw_explanation(image: ArrayLike, explanation: Explanation, label: str) -> Figure:
     """An image, uint8 `[H, W, C]` as the model was given it, its maps laid over it, and the curves
     of deletion and insertion with their areas. `label` names the class that is explained.
 
@@ -42,17 +42,17 @@ def draw_explanation(image: ArrayLike, found: Explanation, label: str) -> Figure
     pixels = show_image(image)
     ratio = float(np.clip(len(pixels) / pixels.shape[1], 0.4, 2.0))
     figure = new_figure(7.8, 2.1 * ratio + 3.3)
-    said = f"Why {short(label, 40)}? Probability {100 * found.probability:.1f} %"
-    if found.agreement is not None:
-        said += f"; rank correlation of the two maps {found.agreement:.2f}"
+    said = f"Why {short(label, 40)}? Probability {100 * explanation.probability:.1f} %"
+    if explanation.agreement is not None:
+        said += f"; rank correlation of the two maps {explanation.agreement:.2f}"
     figure.suptitle(said, fontsize=10, color=INK, x=0.012, ha="left", parse_math=False)
     grid = figure.add_gridspec(2, 6, height_ratios=(2.1 * ratio + 0.35, 2.4))
-    wide = 6 // (1 + len(found.maps))
+    wide = 6 // (1 + len(explanation.maps))
     original = figure.add_subplot(grid[0, :wide], anchor="N")
     original.imshow(pixels)
     style(original, "Image")
     original.set_axis_off()
-    for place, (name, values) in enumerate(found.maps.items(), 1):
+    for place, (name, values) in enumerate(explanation.maps.items(), 1):
         axes = figure.add_subplot(grid[0, place * wide : (place + 1) * wide], anchor="N")
         style(axes, TITLES[name])
         axes.set_axis_off()
@@ -63,7 +63,7 @@ def draw_explanation(image: ArrayLike, found: Explanation, label: str) -> Figure
     ):
         axes = figure.add_subplot(grid[1, columns])
         style(axes, title, f"patches {doing}, most important first", "probability")
-        _draw_curves(axes, found, which)
+        _draw_curves(axes, explanation, which)
     return figure
 
 
@@ -97,15 +97,15 @@ def _draw_map(
     bar.ax.tick_params(labelsize=6.5, colors=INK)
 
 
-def _draw_curves(axes: Axes, found: Explanation, which: str) -> None:
+def _draw_curves(axes: Axes, explanation: Explanation, which: str) -> None:
     """The deletion or the insertion curves, named with their areas."""
-    for name, curves in found.curves.items():
+    for name, curves in explanation.curves.items():
         colour, line = LINES[name]
-        text = f"{name} {found.scores[name][which == 'insertion']:.3f}"
+        text = f"{name} {explanation.scores[name][which == 'insertion']:.3f}"
         values = getattr(curves, which)
         axes.plot(curves.shares, values, color=colour, ls=line, lw=1.6, label=text)
     axes.set_xlim(0, 1)
-    top = max(getattr(curves, which).max() for curves in found.curves.values())
+    top = max(getattr(curves, which).max() for curves in explanation.curves.values())
     axes.set_ylim(0, 1.02 if top > 0.5 else 1.1 * max(top, 1e-6))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, None, symbol=" %"))

@@ -123,7 +123,7 @@ for _name, _data, _size, _steps, _warmup, _lr, _rates, _held_out, _expected in (
 ):
     TRANSFER[f"finetune{_name}"] = {
         "title": f"fine-tuning on {_data} at {_size} px, {_steps:,} steps of 512 images; "
-        "--accumulate 8 where memory is short",
+        "--parts 8 where memory is short",
         "source": "table 4; warm-up of 500 steps from the authors' code, of 100 in the runs of "
         "500 steps ours",
         "expected": f"{_expected}, by the weights it starts from",
