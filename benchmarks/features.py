@@ -23,7 +23,9 @@ from torch import Tensor
 
 import peers
 import timing
-from patchword.data.sources import Source, image_files, open_source
+from patchword.data.files import image_files
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.evaluation.fewshot import BIAS, L2, fit_least_squares
 from patchword.evaluation.linear import EPSILON
 from patchword.models.vit import ViT

@@ -3,7 +3,7 @@
 The question is whether the default CPU and GPU precision trains as float32 does: the distance
 between the two precisions at the same seed, against the distance between seeds in float32.
 
-    python benchmarks/precision.py ../shared/data/cifar10 --steps 300 --seeds 3
+    python benchmarks/precision.py data/cifar10 --steps 300 --seeds 3
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from tyro.conf import Positional
 
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.run import folder as runs
 from patchword.run.inputs import Data, Inputs, build_model
 from patchword.run.settle import assumed

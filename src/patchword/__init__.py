@@ -6,13 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from patchword.commands.evaluating import Evaluation, evaluate
+    from patchword.commands.predicting import predict
     from patchword.evaluation.classify import Classification
     from patchword.models.model import Model
     from patchword.models.position import resample_position_embedding
     from patchword.models.vit import ViT
     from patchword.models.zoo import create_model, list_models
     from patchword.run.train import TrainResult, train
-    from patchword.session.measuring import Evaluation, Prediction, evaluate, predict
+    from patchword.session.session import Prediction, Session
     from patchword.spec.model import ViTSpec
     from patchword.spec.parse import PatchwordError, UsageError
     from patchword.spec.train import TrainSpec
@@ -35,10 +37,11 @@ _HOMES = {
     "save_model": "weights.save",
     "train": "run.train",
     "TrainResult": "run.train",
-    "evaluate": "session.measuring",
-    "predict": "session.measuring",
-    "Prediction": "session.measuring",
-    "Evaluation": "session.measuring",
+    "evaluate": "commands.evaluating",
+    "predict": "commands.predicting",
+    "Prediction": "session.session",
+    "Session": "session.session",
+    "Evaluation": "commands.evaluating",
     "Classification": "evaluation.classify",
 }
 
@@ -48,6 +51,7 @@ __all__ = [
     "Model",
     "PatchwordError",
     "Prediction",
+    "Session",
     "TrainResult",
     "TrainSpec",
     "UsageError",

@@ -15,7 +15,8 @@ from patchword.audit.faults import find_faults, look_beside
 from patchword.audit.findings import Finding
 from patchword.audit.scan import scan
 from patchword.data import images
-from patchword.data.sources import ArrayReader, Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import ArrayReader, Source
 
 SIZE = (48, 64)
 

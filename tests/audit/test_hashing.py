@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from patchword.audit.hashing import MAX_BITS, NEAR_BITS, close_pairs, near_pairs, thumbnail
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 
 
 def all_pairs(hashes: np.ndarray, bits: int) -> list[tuple[int, int]]:

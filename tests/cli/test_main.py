@@ -54,7 +54,7 @@ def test_every_command_has_help(name: str, command: Command):
 
 
 def test_binding_options_exist(command: Command):
-    """DESIGN section 4."""
+    """Scripts of users name these."""
     _, out, _ = command("train", "--help")
     names = """model init recipe config out seed steps epochs time batch-size lr image-size
     eval-every checkpoint-every device precision workers"""

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from patchword.commands import checking
-from patchword.commands.checking import aside_of, check, undo
+from patchword.audit import fix
+from patchword.audit.fix import aside_of, undo
+from patchword.commands.checking import check
 from patchword.spec.parse import PatchwordError, UsageError
 
 quiet = Console(file=io.StringIO())
@@ -126,11 +127,11 @@ def test_a_fix_that_stops_halfway_is_undone(faulty: Path, monkeypatch: pytest.Mo
             raise OSError(28, "No space left on device", str(source))
         rename(source, target)
 
-    monkeypatch.setattr(checking.os, "rename", failing)
+    monkeypatch.setattr(fix.os, "rename", failing)
     with pytest.raises(PatchwordError, match=r"No space left on device; nothing is lost"):
         check(faulty, fix=True, console=quiet)
     assert len(files(faulty)) == len(before) - 2
-    monkeypatch.setattr(checking.os, "rename", rename)
+    monkeypatch.setattr(fix.os, "rename", rename)
     assert [move.path for move in undo(faulty)] == BAD[:2]
     assert files(faulty) == before
 

@@ -16,7 +16,7 @@ from PIL import Image
 from patchword import PatchwordError, UsageError, create_model, load_model, save_model
 from patchword.commands.figure_folder import file_names, numbers
 from patchword.commands.inspecting import inspect_model
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.inspection.attention import (
     attention_distance,

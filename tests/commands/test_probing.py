@@ -12,7 +12,8 @@ import torch
 
 from patchword import PatchwordError, UsageError, ViT, create_model, load_model, save_model
 from patchword.commands.probing import measure_probes, probe_parts
-from patchword.data.sources import Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.evaluation.fewshot import few_shot_accuracies
 from patchword.session.features import extract
 

@@ -1,16 +1,20 @@
+import contextlib
 import io
 import struct
 import subprocess
 import sys
 import threading
+import warnings
 import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from patchword.data import images
-from patchword.data.images import BadImage, decode
+from patchword.data.images import FORMATS, BadImage, decode, opened
 
 
 def pixels(image):
@@ -36,10 +40,10 @@ def test_lossy_formats_come_back_closely(photo, encode, kind):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_arrays_pass_through(channels):
     array = np.random.default_rng(0).integers(0, 256, (5, 7, channels)).astype(np.uint8)
-    seen = []
-    image = decode(array, channels, at_least=lambda h, w: seen.append((h, w)) or (1, 1))
+    with opened(array, channels) as picture:
+        assert picture.size == (5, 7)
+        image = picture.decoded((1, 1))
     np.testing.assert_array_equal(pixels(image).reshape(array.shape), array)
-    assert seen == [(5, 7)]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -51,9 +55,10 @@ def test_exif_orientation_is_applied_once(photo, encode, kind, orientation):
     options = {"JPEG": {"quality": 98}, "WEBP": {"lossless": True}}.get(kind, {})
     data = encode(image, kind, exif=exif, **options)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    sizes = []
-    result = decode(data, 3, at_least=lambda h, w: sizes.append((w, h)) or (24, 24))
-    assert result.size == expected.size == sizes[0]
+    with opened(data, 3) as picture:
+        height, width = picture.size
+        result = picture.decoded((24, 24))
+    assert result.size == expected.size == (width, height)
     assert expected.size == ((24, 40) if orientation >= 5 else (40, 24))
     np.testing.assert_array_equal(pixels(result), pixels(expected))
 
@@ -219,18 +224,51 @@ def test_other_bytes_are_bad(data, reason):
 
 
 def test_huge_images_are_refused_by_their_header():
-    with pytest.raises(BadImage, match="more than 178,956,970 pixels"):
+    with pytest.raises(BadImage, match="30000 x 30000 is more than 178,956,970 pixels"):
         decode(png(30_000, 30_000, 8, 2, b""), 3)
     with pytest.raises(BadImage, match="10 x 10 is more than 99 pixels"):
         decode(png(10, 10, 8, 0, (b"\0" + b"\7" * 10) * 10), 1, max_pixels=99)
     assert decode(png(10, 10, 8, 0, (b"\0" + b"\7" * 10) * 10), 1, max_pixels=100).size == (10, 10)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_a_large_image_below_the_limit_decodes(photo, encode, monkeypatch, kind):
-    """Beyond half its own limit Pillow warns; that must not stop what our limit allows."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
-    assert decode(encode(photo(10, 10), kind), 1).size == (10, 10)
+KINDS = (*FORMATS, "TIFF lzw", "GIF animation")
+
+
+def good_file(photo, encode, kind: str) -> bytes:
+    """An image of 40 x 32 of each format, and of the ways that take another path in Pillow."""
+    image = photo(32, 40)
+    if kind == "GIF animation":
+        frames = [photo(32, 40, seed) for seed in range(3)]
+        return encode(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=2)
+    if kind == "TIFF lzw":
+        return encode(image, "TIFF", compression="tiff_lzw")
+    return encode(image, kind)
+
+
+@pytest.mark.parametrize("pillows", [1, 40 * 32, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_limit_is_ours_whatever_pillows_is(photo, encode, monkeypatch, kind, pillows):
+    """Below and above Pillow's own, which stays as it is and acts for others."""
+    data = good_file(photo, encode, kind)
+    expected = pixels(decode(data, 3))
+    monkeypatch.setattr(images, "STRIP", 40 * 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+    np.testing.assert_array_equal(pixels(decode(data, 3)), expected)
+    assert decode(data, 1, max_pixels=40 * 32).size == (40, 32)
+    with pytest.raises(BadImage, match=r"^40 x 32 is more than 1,279 pixels$"):
+        decode(data, 3, max_pixels=40 * 32 - 1)
+    assert pillows == Image.MAX_IMAGE_PIXELS
+    if pillows == 1:
+        with pytest.raises(Image.DecompressionBombError, match="limit of 2 pixels"):
+            Image.open(io.BytesIO(data)).load()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_limit_acts_before_pixels_are_decoded(photo, encode, monkeypatch, kind):
+    data = good_file(photo, encode, kind)
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match=r"^40 x 32 is more than 100 pixels$"):
+        decode(data, 3, max_pixels=100)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -292,7 +330,7 @@ def test_large_images_come_out_reduced(photo, encode, monkeypatch, at_least, fac
     for data in kinds_of_files(photo, encode):
         full = decode(data, 3)
         upright = at_least if full.height == 37 else at_least[::-1]
-        found = decode(data, 3, at_least=lambda height, width, least=upright: least)
+        found = decode(data, 3, at_least=upright)
         if not data.startswith(b"\xff\xd8"):
             turned = full.height == 53 and data.startswith(b"\x89PNG")
             stored = full.transpose(Image.Transpose.ROTATE_90) if turned else full
@@ -346,8 +384,6 @@ def test_a_large_image_is_in_memory_once(tmp_path, encode, kind):
 
 def test_threads_may_decode_at_once(photo, encode):
     """The warning filters are as before afterwards, and each thread gets its own image."""
-    import warnings
-
     files = [encode(photo(30, 40, seed), "JPEG") for seed in range(8)]
     expected = [pixels(decode(data, 3)) for data in files]
     before = list(warnings.filters)
@@ -365,3 +401,140 @@ def test_threads_may_decode_at_once(photo, encode):
         thread.join()
     assert not wrong
     assert list(warnings.filters) == before
+
+
+@contextmanager
+def meanwhile(work: Callable[[], None]):
+    """`work` again and again in another thread, from before the body until after it."""
+    started, ended = threading.Event(), threading.Event()
+
+    def repeat() -> None:
+        while not ended.is_set():
+            work()
+            started.set()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    assert started.wait(30)
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(30)
+
+
+@pytest.mark.parametrize("stage", ["open", "load"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slow_file_stops_no_other_thread(photo, encode, monkeypatch, kind, stage):
+    data = good_file(photo, encode, kind)
+    begun, go_on, done = (threading.Event() for _ in range(3))
+    place, name = (Image, "open") if stage == "open" else (ImageFile.ImageFile, "load_prepare")
+    real = getattr(place, name)
+
+    def slowly(*values, **options):
+        if threading.current_thread() is slow:
+            begun.set()
+            assert go_on.wait(30)
+        return real(*values, **options)
+
+    monkeypatch.setattr(place, name, slowly)
+    slow = threading.Thread(target=lambda: decode(data, 3))
+    other = threading.Thread(target=lambda: decode(data, 3) and done.set())
+    slow.start()
+    assert begun.wait(30)
+    other.start()
+    first = done.wait(5)
+    go_on.set()
+    slow.join(30)
+    other.join(30)
+    assert first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_warning_of_another_thread_is_lost(photo, encode, kind):
+    data = good_file(photo, encode, kind)
+    raised = 0
+
+    def warn() -> None:
+        nonlocal raised
+        warnings.warn("unrelated, from another thread", UserWarning, stacklevel=1)
+        raised += 1
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with meanwhile(warn):
+            for _ in range(60):
+                decode(data, 3)
+    assert len(heard) == raised > 0
+
+
+@pytest.mark.parametrize("action", ["always", "error", "ignore"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_good_image_is_accepted_whatever_other_threads_warn_of(photo, encode, kind, action):
+    data = good_file(photo, encode, kind)
+    expected = pixels(decode(data, 3))
+
+    def warn() -> None:
+        with warnings.catch_warnings(record=True), contextlib.suppress(UserWarning):
+            warnings.simplefilter(action)
+            warnings.warn("unrelated, from another thread", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True), meanwhile(warn):
+        for _ in range(60):
+            np.testing.assert_array_equal(pixels(decode(data, 3)), expected)
+
+
+@pytest.mark.parametrize("action", ["always", "error", "ignore"])
+def test_a_damaged_tiff_is_refused_whatever_the_filters_are(photo, encode, action):
+    """A cut tag, which Pillow skips with a warning; and damage that libtiff alone tells."""
+    cut = bytearray(encode(photo(32, 40), "TIFF", dpi=(72, 72)))
+    (place,) = struct.unpack_from("<L", cut, 4)
+    for entry in range(place + 2, place + 2 + 12 * struct.unpack_from("<H", cut, place)[0], 12):
+        if struct.unpack_from("<H", cut, entry)[0] == 282:  # the resolution, of no use to us
+            struct.pack_into("<L", cut, entry + 8, len(cut) - 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        with pytest.raises(BadImage, match=r"^Truncated File Read$"):
+            decode(bytes(cut), 3)
+        for data in damaged_tiffs(photo, encode):
+            with pytest.raises(BadImage, match=r"^OSError: (decoder error|damaged TIFF data)"):
+                decode(data, 3)
+
+
+@pytest.mark.parametrize("action", ["always", "error"])
+def test_broken_metadata_is_no_warning_of_ours_but_one_of_others(photo, encode, action):
+    data = encode(photo(16, 16), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f garbage")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter(action)
+        decode(data, 3)
+        assert not heard
+        warnings.simplefilter("always")
+        Image.open(io.BytesIO(data))
+    assert "Corrupt EXIF data" in str(heard[0].message)
+    assert heard[0].filename.endswith("TiffImagePlugin.py")
+
+
+def test_what_libtiff_says_to_another_thread_is_not_swallowed(photo, encode, monkeypatch, capfd):
+    data = next(iter(damaged_tiffs(photo, encode)))
+    begun, go_on = threading.Event(), threading.Event()
+    real = ImageFile.ImageFile.load_prepare
+
+    def slowly(self):
+        if threading.current_thread() is ours:
+            begun.set()
+            assert go_on.wait(30)
+        return real(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", slowly)
+    accepted = []
+    good = good_file(photo, encode, "TIFF lzw")
+    ours = threading.Thread(target=lambda: accepted.append(decode(good, 3)))
+    ours.start()
+    assert begun.wait(30)
+    with pytest.raises(OSError, match="decoder error"):
+        Image.open(io.BytesIO(data)).load()
+    said = capfd.readouterr().err
+    go_on.set()
+    ours.join(30)
+    assert said
+    assert accepted

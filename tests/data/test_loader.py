@@ -22,7 +22,7 @@ from patchword.data.loader import (
     train_batches,
     worth_caching,
 )
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.data.transforms import EvalTransform, TrainTransform
 from patchword.spec.data import AugmentSpec
 from patchword.spec.model import PreprocessSpec
@@ -346,7 +346,7 @@ CHILD = """
 import os, signal, sys, time
 import numpy as np
 from patchword.data.loader import Plan, train_batches
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.data.transforms import TrainTransform
 from patchword.spec.model import PreprocessSpec
 from patchword.spec.data import AugmentSpec

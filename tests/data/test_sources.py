@@ -10,7 +10,8 @@ import pytest
 from patchword.data import parquet, sources
 from patchword.data.contents import BLOCK, digest_files
 from patchword.data.images import BadImage, decode
-from patchword.data.sources import ArrayReader, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import ArrayReader
 from patchword.spec.parse import PatchwordError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.data.splits import divide, drawn, hold_out, load_division, save_division
 from patchword.spec.data import DataSpec
 from patchword.spec.parse import PatchwordError

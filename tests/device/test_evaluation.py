@@ -16,7 +16,7 @@ import patchword
 from patchword.commands.calibrating import calibrate_model
 from patchword.commands.explaining import explain_images
 from patchword.commands.inspecting import inspect_model
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.models.model import Model
 from patchword.models.zoo import create_model
 from patchword.session.features import extract

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from settling import config
 
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.run import folder as runs
 from patchword.spec.parse import PatchwordError, UsageError
 from patchword.spec.settled import flatten

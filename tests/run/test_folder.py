@@ -10,7 +10,7 @@ import pytest
 import torch
 from settling import settled
 
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.models.model import Model
 from patchword.run.inputs import build_model
 from patchword.spec.parse import changed

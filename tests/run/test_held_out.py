@@ -13,7 +13,8 @@ import torch
 
 import patchword
 from patchword.commands.probing import measure_probes, probe_parts
-from patchword.data.sources import Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.evaluation.probe import sweep_logistic
 from patchword.models.zoo import create_model
 from patchword.run import sweep, train

@@ -11,7 +11,7 @@ import pytest
 import torch
 from settling import settled
 
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.data.splits import divide
 from patchword.models.zoo import create_model
 from patchword.objectives import create_objective

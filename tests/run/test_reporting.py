@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from patchword import create_model
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.run.reporting import LOOKED_AT, inside
 
 MakePhotos = Callable[..., Path]

@@ -16,7 +16,7 @@ from settling import config, stored
 
 import patchword
 from patchword import UsageError, load_model
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.data.splits import load_division
 from patchword.data.unlabelled import open_images
 from patchword.evaluation.probe import fit_logistic, sweep_logistic

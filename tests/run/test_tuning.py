@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from settling import config, settled
 
-from patchword.data.sources import open_source
+from patchword.data.registry import open_source
 from patchword.models.zoo import create_model
 from patchword.run.inputs import Data, Inputs
 from patchword.spec.parse import changed

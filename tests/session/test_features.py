@@ -14,7 +14,8 @@ from PIL import Image
 
 from patchword import PatchwordError, UsageError, ViT, create_model, load_model, save_model
 from patchword.data.images import BadImage
-from patchword.data.sources import Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.data.transforms import EvalTransform, to_input
 from patchword.models.model import Model
 from patchword.session.features import Features, cache_folder, cache_key, extract

@@ -48,38 +48,23 @@ def surplus_copies(source: Source, scan: Scan) -> list[tuple[int, int]]:
 
 def copies(source: Source, scan: Scan, split: np.ndarray) -> Iterator[Finding]:
     """Images with the same pixels; `split` is what `split_names` gives."""
-    leaks: list[Item] = []
-    contradictions: list[Item] = []
-    copies: list[Item] = []
+    leaks, contradictions, again = _Cases(), _Cases(), _Cases()
     surplus = 0
     for group in groups_of_copies(scan):
-        names = _keys(source, group)
         parts, labels = _spread(source, split, group)
-        same_file = len({scan.facts["file"][i].tobytes() for i in group}) == 1
-        if len(parts) > 1:
-            leaks.append(Item(names, " and ".join(parts)))
-        if len(labels) > 1:
-            contradictions.append(Item(names, " and ".join(labels)))
+        leaks.note(source, group, parts)
+        contradictions.note(source, group, labels)
         places = len({(split[i], source.labels[i]) for i in group})
         if len(group) > places:
             surplus += len(group) - places
-            copies.append(Item(names, "same file" if same_file else "same pixels"))
-    yield from finding(
-        "leakage",
-        "error",
-        "the same image in several parts",
-        leaks,
-        "measured accuracy is too high: --fix keeps the copy in test",
-    )
-    yield from finding(
-        "contradiction",
-        "error",
-        "the same image under several labels",
-        contradictions,
-        "choose one label and remove the others",
-    )
+            same_file = len({scan.facts["file"][i].tobytes() for i in group}) == 1
+            again.append(Item(_keys(source, group), "same file" if same_file else "same pixels"))
+    advice = "measured accuracy is too high: --fix keeps the copy in test"
+    yield from finding("leakage", "error", "the same image in several parts", leaks, advice)
+    what, advice = "the same image under several labels", "choose one label and remove the others"
+    yield from finding("contradiction", "error", what, contradictions, advice)
     advice = "set the surplus aside with --fix, before the data are divided"
-    yield from finding("duplicate", "warning", "surplus copies", copies, advice, surplus)
+    yield from finding("duplicate", "warning", "surplus copies", again, advice, surplus)
 
 
 def near_copies(source: Source, scan: Scan, split: np.ndarray, bits: int) -> Iterator[Finding]:
@@ -87,35 +72,30 @@ def near_copies(source: Source, scan: Scan, split: np.ndarray, bits: int) -> Ite
     again = {index for group in groups_of_copies(scan) for index in group[1:]}
     once = np.array([i for i in scan.good.tolist() if i not in again], np.int64)
     pairs, likeness = near_pairs(scan.facts["thumb"][once], bits)
-    leaks: list[Item] = []
-    contradictions: list[Item] = []
-    rest: list[Item] = []
-    for pair, likeness_of_pair in zip(once[pairs].tolist(), likeness.tolist(), strict=True):
-        names = _keys(source, pair)
+    leaks, contradictions, rest = _Cases(), _Cases(), _Cases()
+    for pair, alike in zip(once[pairs].tolist(), likeness.tolist(), strict=True):
         parts, labels = _spread(source, split, pair)
-        alike = f"alike {likeness_of_pair:.2f}"
-        if len(parts) > 1:
-            leaks.append(Item(names, f"{' and '.join(parts)}, {alike}"))
-        if len(labels) > 1:
-            contradictions.append(Item(names, f"{' and '.join(labels)}, {alike}"))
+        leaks.note(source, pair, parts, f", alike {alike:.2f}")
+        contradictions.note(source, pair, labels, f", alike {alike:.2f}")
         if len(parts) == len(labels) == 1:
-            rest.append(Item(names, alike))
-    yield from finding(
-        "near-leakage",
-        "error",
-        "nearly the same image in several parts (pairs)",
-        leaks,
-        "measured accuracy is too high: remove those of train",
-    )
-    yield from finding(
-        "near-contradiction",
-        "warning",
-        "nearly the same image under several labels (pairs)",
-        contradictions,
-        "look at them; correct the wrong labels",
-    )
+            rest.append(Item(_keys(source, pair), f"alike {alike:.2f}"))
+    what = "nearly the same image in several parts (pairs)"
+    advice = "measured accuracy is too high: remove those of train"
+    yield from finding("near-leakage", "error", what, leaks, advice)
+    what = "nearly the same image under several labels (pairs)"
+    advice = "look at them; correct the wrong labels"
+    yield from finding("near-contradiction", "warning", what, contradictions, advice)
     advice = "keep the copies of one picture in one part"
     yield from finding("near-duplicate", "warning", "near duplicates (pairs)", rest, advice)
+
+
+class _Cases(list[Item]):
+    def note(
+        self, source: Source, group: Iterable[int], names: Sequence[str], more: str = ""
+    ) -> None:
+        """A group of images that is in several places, if it is."""
+        if len(names) > 1:
+            self.append(Item(_keys(source, group), " and ".join(names) + more))
 
 
 def _keys(source: Source, positions: Iterable[int]) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from patchword.audit.hashing import NEAR_BITS
 from patchword.audit.labels import likely_typos, same_spelling
 from patchword.audit.scan import Scan
 from patchword.data.balance import WORTH_SAYING
-from patchword.data.sources import Source, class_folders, is_image, visible_files
+from patchword.data.files import class_folders, is_image, visible_files
+from patchword.data.sources import Source
 
 STRONG_IMBALANCE = 10.0
 """Largest to smallest class, from which on it is a warning."""
@@ -112,20 +113,12 @@ def _labels(source: Source, scan: Scan, beside: Beside) -> Iterator[Finding]:
         images = " and ".join(f"{sizes.get(name, 0):,}" for name in some)
         return Item(tuple(map(_shown, some)), f"{why}{', ' if why else ''}{images} images")
 
-    yield from finding(
-        "same-label",
-        "error",
-        "labels that differ in spelling only",
-        [item(group) for group in same_spelling(names)],
-        "merge them into one",
-    )
-    yield from finding(
-        "similar-label",
-        "warning",
-        "labels that look like one",
-        [item((a, b), why) for a, b, why in likely_typos(names)],
-        "merge them if they mean one class",
-    )
+    same = [item(group) for group in same_spelling(names)]
+    what = "labels that differ in spelling only"
+    yield from finding("same-label", "error", what, same, "merge them into one")
+    similar = [item((a, b), why) for a, b, why in likely_typos(names)]
+    advice = "merge them if they mean one class"
+    yield from finding("similar-label", "warning", "labels that look like one", similar, advice)
 
 
 def _shown(name: str) -> str:
@@ -141,25 +134,17 @@ def _class_sizes(
     counts = np.bincount(source.labels[scan.good], minlength=total)
     folders = {path.rpartition("/")[2] for path in beside.empty}
     void = [name for name, count in zip(source.classes, counts, strict=True) if not count]
-    empty = sorted({*void, *(folders - set(source.classes))})
-    yield from finding(
-        "empty-class",
-        "error",
-        "classes without a readable image",
-        [Item((name,)) for name in empty],
-        "add images, or remove the class",
-    )
+    empty = [Item((name,)) for name in sorted({*void, *(folders - set(source.classes))})]
+    what, advice = "classes without a readable image", "add images, or remove the class"
+    yield from finding("empty-class", "error", what, empty, advice)
     for part in source.parts:
         here = np.bincount(source.labels[scan.good[split[scan.good] == part]], minlength=total)
-        lacking = [source.classes[k] for k in np.flatnonzero((here == 0) & (counts > 0))]
-        untrained = part == "train"
-        yield from finding(
-            f"missing-in-{part}",
-            "error" if untrained else "warning",
-            f"classes without an image in {part}",
-            [Item((name,)) for name in lacking],
-            "they cannot be learned: move some images" if untrained else "they are not measured",
-        )
+        lacking = [Item((source.classes[k],)) for k in np.flatnonzero((here == 0) & (counts > 0))]
+        severity, advice = "warning", "they are not measured"
+        if part == "train":
+            severity, advice = "error", "they cannot be learned: move some images"
+        what = f"classes without an image in {part}"
+        yield from finding(f"missing-in-{part}", severity, what, lacking, advice)
     yield from _imbalance(source, scan, split)
 
 

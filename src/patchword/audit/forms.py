@@ -18,6 +18,9 @@ TINY = 32
 LONGEST = 4.0
 """Ratio of the sides, above which a centre crop misses most of an image."""
 
+_CUT = "a centre crop shows little of them: cut them to what matters"
+_RENAME = "read by content here; rename them for other programs"
+_TURN = "turned upright here; other programs may not"
 _SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"},
     "PNG": {".png"},
@@ -41,40 +44,17 @@ def forms(source: Source, scan: Scan) -> Iterator[Finding]:
     blank = contrast(scan.facts["thumb"][good]) < BLANK
     names = [source.keys[int(i)] for i in good]
     wrong = np.array([_misnamed(*pair) for pair in zip(names, formats, strict=True)], np.bool_)
-    tables = (
+    turned, animated = (scan.facts[name][good] for name in ("turned", "animated"))
+    narrow = long > LONGEST * np.maximum(short, 1)
+    yield from _channels(source, scan)
+    for code, where, what, about, advice in (
         ("blank", blank, "images of almost one colour", size, "check that they are not broken"),
         ("tiny", short < TINY, f"short side below {TINY} pixels", size, "is that all there is?"),
-        (
-            "aspect",
-            long > LONGEST * np.maximum(short, 1),
-            f"one side over {LONGEST:g} times the other",
-            size,
-            "a centre crop shows little of them: cut them to what matters",
-        ),
-        (
-            "suffix",
-            wrong,
-            "suffix of another format",
-            formats,
-            "read by content here; rename them for other programs",
-        ),
-        (
-            "turned",
-            scan.facts["turned"][good],
-            "turned by EXIF orientation",
-            size,
-            "turned upright here; other programs may not",
-        ),
-        (
-            "animated",
-            scan.facts["animated"][good],
-            "more than one frame",
-            size,
-            "only the first is read",
-        ),
-    )
-    yield from _channels(source, scan)
-    for code, where, what, about, advice in tables:
+        ("aspect", narrow, f"one side over {LONGEST:g} times the other", size, _CUT),
+        ("suffix", wrong, "suffix of another format", formats, _RENAME),
+        ("turned", turned, "turned by EXIF orientation", size, _TURN),
+        ("animated", animated, "more than one frame", size, "only the first is read"),
+    ):
         items = [Item((names[row],), about[row]) for row in np.flatnonzero(where)]
         yield from finding(code, "note", what, items, advice)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from patchword.audit.hashing import SIDE, thumbnail
-from patchword.data.images import FORMATS, BadImage, decode, exif_orientation, strips
+from patchword.data.images import FORMATS, MAX_PIXELS, BadImage, decode, exif_orientation, strips
+from patchword.data.pillow import guarded
 from patchword.data.sources import Source
 from patchword.data.workers import serve
 
@@ -123,13 +123,11 @@ def _examine(data: bytes | np.ndarray, channels: int, row: np.void) -> None:
         row["kind"] = KINDS.index("greyscale" if data.shape[2] == 1 else "RGB")
         return
     row["file"] = hashlib.sha256(data).digest()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-            row["format"] = header.format or ""
-            row["kind"] = KINDS.index(_kind(header))
-            row["turned"] = exif_orientation(header) != 1
-            row["animated"] = header.format not in ("JPEG", "MPO") and _animated(header)
+    with guarded(MAX_PIXELS), Image.open(io.BytesIO(data), formats=FORMATS) as header:
+        row["format"] = header.format or ""
+        row["kind"] = KINDS.index(_kind(header))
+        row["turned"] = exif_orientation(header) != 1
+        row["animated"] = header.format not in ("JPEG", "MPO") and _animated(header)
 
 
 def _kind(header: Image.Image) -> str:

@@ -7,17 +7,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import Positional
 
-from patchword.spec.parse import UsageError, parse, to_dict
+from patchword.spec.parse import UsageError, at_least, parse, to_dict
 from patchword.spec.settled import read_config, renamed
-from patchword.spec.train import LENGTHS, Device, Precision, TrainSpec, with_length, without_rates
+from patchword.spec.train import LENGTHS, TrainSpec, with_length, without_rates
 from patchword.training.recipes import base_spec, merge
 
 T = TypeVar("T")
+DATA = "a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"
+Data = Annotated[Positional[str], tyro.conf.arg(metavar="DATA", help=DATA)]
+Json = Annotated[bool, tyro.conf.arg(help="print the result as JSON")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,179 +50,11 @@ class TrainArguments(TrainSpec):
         return TrainSpec(**_settings(self))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _LoadArguments:
-    """How a command loads a model, and feeds it with images."""
-
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that
-    `patchword models --pretrained` lists"""
-    image_size: tuple[int, ...] | None = None
-    """one side, or height and width, in pixels; by default the model's"""
-    batch_size: int | None = None
-    """images at a time; changes speed and memory only"""
-    device: Device = "auto"
-    workers: int | None = None
-    """processes that read images; by default one per core, none for a few images"""
-    trust_pickle: bool = False
-    """read MODEL even if it is a pickle (.pth): for files whose source you trust"""
-    classes: str | None = None
-    """names of MODEL's classes, if it has none or others: imagenet (ImageNet-1k), or a file: a JSON
-    list (a run's classes.json), a JSON object from index to name, or a name a line"""
-    json: bool = False
-    """print the result as JSON"""
-
-    def settings(self) -> dict[str, Any]:
-        """What the workflow of this command takes. Raises `UsageError` on numbers out of range."""
-        batch_size, workers = self.batch_size, self.workers
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"--batch-size is {batch_size}; use 1 or more")
-        if workers is not None and workers < 0:
-            raise UsageError(f"--workers is {workers}; use 0 or more")
-        values = vars(self) | {"image_size": _sides(self.image_size)}
-        return {name: value for name, value in values.items() if name not in ("json", "csv")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ModelArguments(_LoadArguments):
-    """How a command runs a model."""
-
-    precision: Precision = "float32"
-
-
-def _sides(size: tuple[int, ...] | None) -> tuple[int, int] | None:
+def sides(size: tuple[int, ...] | None) -> tuple[int, int] | None:
     """(height, width) of what --image-size was given. Raises `UsageError`."""
     if size is not None and (len(size) not in (1, 2) or min(size) < 1):
         raise UsageError("--image-size takes one or two numbers above 0")
     return None if size is None else (size[0], size[-1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(_ModelArguments):
-    """Measure a model: accuracy, loss, calibration, recall and precision per class."""
-
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
-    split: str | None = None
-    """train, val, test or all; by default test, else val, else what the run held out, else all"""
-    probe: tyro.conf.UseAppendAction[tuple[Literal["fewshot", "knn", "logistic"], ...]] = ()
-    """instead, measure what the model's features are worth: fewshot, knn or logistic, fitted to the
-    train part without training the model; several, if given several times"""
-    layer: Literal["pre-logits", "pooled"] | None = None
-    """with --probe: probe after the hidden layer of the model's head, if it has one, or before"""
-    on_bad_image: Literal["skip", "fail"] = "skip"
-    """what to do with an image that cannot be read"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictArguments(_ModelArguments):
-    """Classify images."""
-
-    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")]
-    """files, folders, patterns, or - for a list on standard input"""
-    top: int = 5
-    """classes to give for each image"""
-    abstain: float | None = None
-    """give no label to images whose top probability is below this, such as 0.9"""
-    csv: bool = False
-    """print comma-separated values"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectArguments(_LoadArguments):
-    """Draw what a model has learned and what it looks at: filters, position similarity, attention
-    distance over all images; rollout, attention maps and patch tokens of the first; a map of the
-    features of a data set. With summary.json, which holds the numbers."""
-
-    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGES...")] = ()
-    """files, folders, patterns, or - for a list on standard input; with --data alone, 128 images
-    of DATA"""
-    out: str
-    """the folder to write to"""
-    data: str | None = None
-    """a labelled folder, .csv manifest, parquet, digits, or hub:ORG/NAME, whose features are
-    mapped"""
-    split: str | None = None
-    """the part of --data: train, val, test or all; by default as in evaluate"""
-    query: str | None = None
-    """ROW,COL, from 0: the patch whose attention is shown, instead of the class token's"""
-    pictures: int = 8
-    """images to draw rollout, attention and tokens of; the averages are over all"""
-    mapped: int = 2000
-    """images of --data to map at most, evenly spread"""
-    format: Literal["png", "pdf"] = "png"
-    """pdf: vector graphics for papers"""
-    overwrite: bool = False
-    """replace the figures that are in --out"""
-
-    def settings(self) -> dict[str, Any]:
-        """What the workflow takes. Raises `UsageError` on what makes no sense."""
-        values = super().settings()
-        if not self.images and self.data is None:
-            raise UsageError("no images given; name files, folders or a pattern, or --data DATA")
-        if self.split is not None and self.data is None:
-            raise UsageError("--split names a part of --data DATA; give both")
-        for name, least in (("pictures", 0), ("mapped", 1)):
-            if values[name] < least:
-                raise UsageError(f"--{name} is {values[name]}; use {least} or more")
-        return values | {"query": _patch(self.query)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExplainArguments(_LoadArguments):
-    """Show why images have their class: which patches speak for it, by gradient-weighted rollout
-    and by occlusion, whether both agree, and how much they are worth (deletion and insertion). One
-    picture for each image."""
-
-    images: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
-    """files, folders, patterns, or - for a list on standard input"""
-    label: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
-    """the class to explain; by default each image's most probable one"""
-    out: str | None = None
-    """the picture, .png or .pdf; for several images a folder; by default explain-IMAGE.png here"""
-    window: int | None = None
-    """patches a side to take away at a time for occlusion; by default 1 up to 16 x 16 patches, and
-    at finer grids so many that an image needs no more than 256 passes"""
-    overwrite: bool = False
-    """replace pictures that exist"""
-
-    def settings(self) -> dict[str, Any]:
-        """What the workflow takes. Raises `UsageError` on what makes no sense."""
-        if not self.images:
-            raise UsageError("no images given; name files, folders or a pattern")
-        if self.window is not None and self.window < 1:
-            raise UsageError(f"--window is {self.window}; use 1 or more")
-        return super().settings()
-
-
-def _patch(text: str | None) -> tuple[int, int] | None:
-    """(row, column) of what --query was given. Raises `UsageError`."""
-    if text is None:
-        return None
-    row, comma, column = text.partition(",")
-    if not comma or not row.strip().isdecimal() or not column.strip().isdecimal():
-        raise UsageError(f"--query is {text!r}; give ROW,COL, such as 0,5")
-    return int(row), int(column)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateArguments(_ModelArguments):
-    """Fit the temperature of a model's probabilities on validation images, and store it."""
-
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
-    split: str = "val"
-    """the part to fit on; or half/half, or 30/70: that share of the validation images (of all, if
-    the data have no parts) fits, the rest reports"""
-    seed: int = 0
-    """of the division by --split half/half"""
-    out: str | None = None
-    """a .safetensors file to write the calibrated model to"""
-    overwrite: bool = False
-    """replace what is at --out; without --out, the best weights of the run directory MODEL, or the
-    file MODEL"""
-    on_bad_image: Literal["skip", "fail"] = "skip"
-    """what to do with an image that cannot be read"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +63,7 @@ class CheckArguments:
     train and test, classes with alike names or few images, unusual images. Exit code 1 if there are
     errors."""
 
-    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
-    """a folder, a .csv manifest, parquet, digits, or hub:ORG/NAME"""
+    data: Data
     fix: bool = False
     """move unreadable files and surplus copies of a folder to DATA.set-aside/, deleting nothing"""
     undo: bool = False
@@ -238,13 +72,11 @@ class CheckArguments:
     """bits of 64 that the perceptual hashes of near duplicates may differ in, 0 to 15"""
     workers: int | None = None
     """processes that read images; by default one per core, none for a few images"""
-    json: bool = False
-    """print the result as JSON"""
+    json: Json = False
 
     def settings(self) -> dict[str, Any]:
-        """What the workflow takes. Raises `UsageError` on what makes no sense."""
-        if self.workers is not None and self.workers < 0:
-            raise UsageError(f"--workers is {self.workers}; use 0 or more")
+        """What the command takes. Raises `UsageError` on what makes no sense."""
+        at_least("--workers", self.workers, 0)
         if self.fix and self.undo:
             raise UsageError("--fix and --undo are opposites; give one of them")
         return {name: vars(self)[name] for name in ("data", "fix", "near", "workers")}
@@ -267,8 +99,7 @@ class ConvertArguments:
     """names of IN's classes to store: imagenet, or a file of names, as in evaluate"""
     overwrite: bool = False
     """replace what is at OUT"""
-    json: bool = False
-    """print the result as JSON"""
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +111,7 @@ class DemoArguments:
     seed: int = 0
     overwrite: bool = False
     """delete what is in the run directory and start again"""
-    json: bool = False
-    """print the result as JSON"""
+    json: Json = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,9 +138,8 @@ class ModelsArguments(ListArguments):
     def settings(self) -> dict[str, Any]:
         """How large the model in detail is. Raises `UsageError` on numbers out of range, and where
         there is none."""
-        size, classes = _sides(self.image_size), self.classes
-        if classes is not None and classes < 0:
-            raise UsageError(f"--classes is {classes}; use 0 or more")
+        size, classes = sides(self.image_size), self.classes
+        at_least("--classes", classes, 0)
         given = {"image_size": size, "num_classes": classes}
         values = {name: value for name, value in given.items() if value is not None}
         if values and (self.name is None or self.pretrained):

@@ -8,27 +8,30 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.logging import RichHandler
 
+import patchword
 from patchword.cli import tables
 from patchword.cli.arguments import (
-    CalibrateArguments,
     CheckArguments,
     ConvertArguments,
     DemoArguments,
     DoctorArguments,
-    EvaluateArguments,
-    ExplainArguments,
-    InspectArguments,
     ListArguments,
     ModelsArguments,
-    PredictArguments,
     TrainArguments,
     read,
     read_train,
+)
+from patchword.cli.looking import (
+    CalibrateArguments,
+    EvaluateArguments,
+    ExplainArguments,
+    InspectArguments,
+    PredictArguments,
 )
 from patchword.cli.tables import err, out
 from patchword.report.words import count, sweep_rows
@@ -37,24 +40,62 @@ from patchword.training.recipes import RECIPES, find_recipe
 from patchword.weights.pretrained import PRETRAINED, find_pretrained
 
 if TYPE_CHECKING:
-    from patchword.commands.listing import Variant
-    from patchword.commands.probing import ProbeName
     from patchword.spec.train import TrainSpec
+
+
+def _with_images(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a command, with what standard input lists for each - among the images."""
+    given = settings["images"]
+    images = [path for name in given for path in (_lines_in() if name == "-" else [name])]
+    return settings | {"images": images}
+
+
+def _lines_in() -> list[str]:
+    """The lines of standard input as file names, whatever bytes are in them."""
+    return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line]
+
+
+def _note(line: str) -> None:
+    """A line beside the result, on standard error."""
+    err.print(line, highlight=False, soft_wrap=True)
+
+
+def _give(as_json: bool, data: Any, show: Callable[..., None], *shown: Any, **how: Any) -> int:
+    """The result on standard output: `data` as JSON, or what `show` makes of it. Returns 0."""
+    if as_json:
+        out.print_json(data=data)
+    else:
+        show(*shown, **how)
+    return 0
+
+
+def _give_seen(as_json: bool, bad: Mapping[str, str], data: Any, *shown: Any) -> int:
+    """The same of images, some of which may be `bad`; on one line, as the JSON is long."""
+    if as_json:
+        print(json.dumps(data))
+    else:
+        _give(False, data, *shown)
+    if bad:
+        _note(f"{count(len(bad), 'file')} could not be read")
+    return 0
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train from scratch, or with --init transfer; the same command resumes."""
     args, spec = read_train(arguments)
-    if args.sweep or args.runs != 1:
-        return _sweep(args, spec)
-    from patchword.run.train import train as run
+    return _sweep(args, spec) if args.sweep or args.runs != 1 else _train(args, spec)
 
-    result = run(spec, out=args.out, overwrite=args.overwrite, console=err)
-    if args.json:
-        out.print_json(data={"run": str(result.folder)} | result.summary)
-    else:
-        tables.show_run(result.folder, result.summary)
-    return 0
+
+def demo(arguments: Sequence[str]) -> int:
+    """The main job on built-in real data, under two minutes."""
+    args = read(DemoArguments, arguments, "demo")
+    return _train(args, "digits", seed=args.seed)
+
+
+def _train(args: TrainArguments | DemoArguments, spec: TrainSpec | str, **settings: Any) -> int:
+    done = patchword.train(spec, out=args.out, overwrite=args.overwrite, console=err, **settings)
+    data = {"run": str(done.folder)} | done.summary
+    return _give(args.json, data, tables.show_run, done.folder, done.summary)
 
 
 def _sweep(args: TrainArguments, spec: TrainSpec) -> int:
@@ -68,124 +109,65 @@ def _sweep(args: TrainArguments, spec: TrainSpec) -> int:
         overwrite=args.overwrite,
         console=err,
     )
-    if args.json:
-        out.print_json(data={"run": str(done.folder)} | done.to_dict())
-        return 0
-    tables.show_sweep(done, sweep_rows(done.to_dict()))
-    return 0
+    data = {"run": str(done.folder)} | done.to_dict()
+    return _give(args.json, data, tables.show_sweep, done, sweep_rows(data))
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Accuracy, calibration, loss, and per class."""
     args = read(EvaluateArguments, arguments, "evaluate")
     settings = args.settings()
-    probes, layer = settings.pop("probe"), settings.pop("layer")
-    if probes:
-        return _probe(settings | ({"layer": layer} if layer else {}), probes, args.json)
-    if layer:
-        raise UsageError("--layer goes with --probe: say which, fewshot, knn or logistic")
-    from patchword.session.measuring import evaluate as measure
+    if args.probe:
+        from patchword.commands.probing import measure_probes
 
-    done = measure(**settings, console=err)
+        probing = measure_probes(**settings, console=err)
+        learned = f"learned from {probing.support:,} images of train; features {probing.layer}"
+        _note(f"split {probing.split}: {probing.why}; {learned}")
+        return _give(args.json, probing.to_dict(), tables.show_probes, probing)
+    done = patchword.evaluate(**settings, console=err)
     result = done.classification
-    err.print(f"split {done.split}: {done.why}", highlight=False)
-    if args.json:
-        out.print_json(data=result.to_dict() | {"split": done.split})
-        return 0
-    tables.show_classification(result)
-    return 0
-
-
-def _probe(settings: dict[str, Any], probes: Sequence[ProbeName], as_json: bool) -> int:
-    from patchword.commands.probing import measure_probes
-
-    done = measure_probes(**settings, probes=probes, console=err)
-    said = f"split {done.split}: {done.why}; learned from {done.support:,} images of train"
-    said += f"; features {done.layer}"
-    err.print(said, highlight=False, soft_wrap=True)
-    if as_json:
-        out.print_json(data=done.to_dict())
-    else:
-        tables.show_probes(done)
-    return 0
+    _note(f"split {done.split}: {done.why}")
+    data = result.to_dict() | {"split": done.split}
+    return _give(args.json, data, tables.show_classification, result)
 
 
 def predict(arguments: Sequence[str]) -> int:
     """Classify files, folders, patterns, or a list on standard input."""
     args = read(PredictArguments, arguments, "predict")
-    settings = args.settings()
-    if args.top < 1:
-        raise UsageError("--top must be 1 or more")
-    if args.json and args.csv:
-        raise UsageError("--json and --csv are two forms of one result; give one of them")
-    if not args.images:
-        raise UsageError("no images given; name files, folders or a pattern, or - to read a list")
-    settings["images"] = _paths(args.images)
-    bad: dict[str, str] = {}
-    from patchword.session.measuring import predict as classify
-
-    found = classify(**settings, bad=bad)
-    if args.json:
-        out.print_json(data=[prediction.to_dict() for prediction in found])
-    elif args.csv:
+    settings, bad = _with_images(args.settings()), dict[str, str]()
+    found = patchword.predict(**settings, bad=bad)
+    if args.csv:
         tables.write_csv(found, args.abstain is not None)
     else:
-        tables.show_predictions(found)
+        _give(args.json, [row.to_dict() for row in found], tables.show_predictions, found)
     if args.abstain is not None:
         unsure = sum(prediction.abstained for prediction in found)
-        said = f"{unsure} of {len(found)} images are uncertain: less than {args.abstain:g} sure"
-        err.print(said, highlight=False)
+        _note(f"{unsure} of {len(found)} images are uncertain: less than {args.abstain:g} sure")
     if bad:
-        err.print(f"{len(bad)} of {len(bad) + len(found)} files could not be read", highlight=False)
+        _note(f"{len(bad)} of {len(bad) + len(found)} files could not be read")
     return 0
 
 
 def inspect(arguments: Sequence[str]) -> int:
     """The paper's figures: filters, positions, attention, tokens, a map of features."""
     args = read(InspectArguments, arguments, "inspect")
-    settings = args.settings()
-    settings["images"] = _paths(args.images)
-    bad: dict[str, str] = {}
+    settings, bad = _with_images(args.settings()), dict[str, str]()
     from patchword.commands.inspecting import inspect_model
 
     done = inspect_model(**settings, bad=bad, console=err)
     for name, reason in done.summary["skipped"].items():
-        err.print(f"no {name}: {reason}", highlight=False, soft_wrap=True)
-    if args.json:
-        print(json.dumps(done.summary))
-    else:
-        tables.show_inspection(done.out, done.summary)
-    if bad:
-        err.print(f"{count(len(bad), 'file')} could not be read", highlight=False)
-    return 0
+        _note(f"no {name}: {reason}")
+    return _give_seen(args.json, bad, done.summary, tables.show_inspection, done.out, done.summary)
 
 
 def explain(arguments: Sequence[str]) -> int:
     """Why images have their class: rollout, occlusion, and what they are worth."""
     args = read(ExplainArguments, arguments, "explain")
-    settings = args.settings()
-    settings["images"] = _paths(args.images)
-    bad: dict[str, str] = {}
+    settings, bad = _with_images(args.settings()), dict[str, str]()
     from patchword.commands.explaining import explain_images
 
     done = explain_images(**settings, bad=bad, console=err)
-    if args.json:
-        print(json.dumps(done.to_dict()))
-    else:
-        tables.show_explanations(done)
-    if bad:
-        err.print(f"{count(len(bad), 'file')} could not be read", highlight=False)
-    return 0
-
-
-def _paths(given: Sequence[str]) -> list[str]:
-    """IMAGES of the command line, with what standard input lists for each -."""
-    return [path for name in given for path in (_lines_in() if name == "-" else [name])]
-
-
-def _lines_in() -> list[str]:
-    """The lines of standard input as file names, whatever bytes are in them."""
-    return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line]
+    return _give_seen(args.json, bad, done.to_dict(), tables.show_explanations, done)
 
 
 def calibrate(arguments: Sequence[str]) -> int:
@@ -196,103 +178,53 @@ def calibrate(arguments: Sequence[str]) -> int:
 
     done = calibrate_model(**settings, console=err)
     for part in done.parts:
-        err.print(f"{part.role}: {part.part}: {part.why}", highlight=False, soft_wrap=True)
-    if args.json:
-        out.print_json(data=done.to_dict())
-        return 0
-    tables.show_calibration(done)
-    return 0
-
-
-def demo(arguments: Sequence[str]) -> int:
-    """The main job on built-in real data, under two minutes."""
-    args = read(DemoArguments, arguments, "demo")
-    from patchword.run.train import train as run
-
-    result = run("digits", out=args.out, overwrite=args.overwrite, seed=args.seed, console=err)
-    if args.json:
-        out.print_json(data={"run": str(result.folder)} | result.summary)
-    else:
-        tables.show_run(result.folder, result.summary)
-    return 0
+        _note(f"{part.role}: {part.part}: {part.why}")
+    return _give(args.json, done.to_dict(), tables.show_calibration, done)
 
 
 def check(arguments: Sequence[str]) -> int:
     """What is wrong with a data set: damage, copies, leakage, labels."""
     args = read(CheckArguments, arguments, "check")
     settings = args.settings()
+    from patchword.audit.fix import undo
     from patchword.commands import checking
 
     if args.undo:
-        back = checking.undo(args.data)
-        if args.json:
-            out.print_json(data={"brought_back": [move.path for move in back]})
-        else:
-            tables.say(f"brought back {count(len(back), 'file')}")
-        return 0
+        back = [move.path for move in undo(args.data)]
+        said = f"brought back {count(len(back), 'file')}"
+        return _give(args.json, {"brought_back": back}, tables.say, said)
     done = checking.check(**settings, console=err)
-    if args.json:
-        out.print_json(data=done.to_dict())
-    else:
-        tables.show_check(done)
+    _give(args.json, done.to_dict(), tables.show_check, done)
     return 1 if done.count("error") else 0
 
 
 def convert(arguments: Sequence[str]) -> int:
     """Weights to another library's format and back."""
     args = read(ConvertArguments, arguments, "convert")
-    from patchword.commands.converting import convert as run
+    from patchword.commands import converting
 
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
-    done = run(**settings)
-    if args.json:
-        out.print_json(data=done.to_dict())
-        return 0
-    for name, value in {
-        "found": done.found,
-        "written": done.written,
-        "parity": done.parity,
-    }.items():
-        out.print(f"{name:9}{value}", highlight=False, soft_wrap=True)
-    return 0
+    done = converting.convert(**{name: x for name, x in vars(args).items() if name != "json"})
+    shown = {name: getattr(done, name) for name in ("found", "written", "parity")}
+    return _give(args.json, done.to_dict(), tables.say_pairs, shown, 9)
 
 
 def models(arguments: Sequence[str]) -> int:
     """The variants, one of them in detail, and well-known weights."""
     args = read(ModelsArguments, arguments, "models")
     settings = args.settings()
-    if args.pretrained:
-        return _pretrained(args)
     from patchword.commands import listing
 
+    if args.pretrained:
+        known = [find_pretrained(args.name)] if args.name else list(PRETRAINED.values())
+        data, detail = [vars(row) for row in known], args.name is not None
+        return _give(args.json, data, tables.show_pretrained, known, detail=detail)
     if args.name:
-        return _layers(listing.variant(args.name, **settings), args.json)
+        found = listing.variant(args.name, **settings)
+        layers = listing.layers(found)
+        data = [found.to_dict() | {"layer_table": [vars(row) for row in layers]}]
+        return _give(args.json, data, tables.show_layers, found, layers)
     rows = listing.variants()
-    if args.json:
-        out.print_json(data=[row.to_dict() for row in rows])
-        return 0
-    tables.show_variants(rows)
-    return 0
-
-
-def _layers(found: Variant, as_json: bool) -> int:
-    from patchword.commands.listing import layers
-
-    rows = layers(found)
-    if as_json:
-        out.print_json(data=[found.to_dict() | {"layer_table": [vars(row) for row in rows]}])
-    else:
-        tables.show_layers(found, rows)
-    return 0
-
-
-def _pretrained(args: ModelsArguments) -> int:
-    rows = [find_pretrained(args.name)] if args.name else list(PRETRAINED.values())
-    if args.json:
-        out.print_json(data=[vars(row) for row in rows])
-    else:
-        tables.show_pretrained(rows, detail=args.name is not None)
-    return 0
+    return _give(args.json, [row.to_dict() for row in rows], tables.show_variants, rows)
 
 
 def recipes(arguments: Sequence[str]) -> int:
@@ -301,13 +233,9 @@ def recipes(arguments: Sequence[str]) -> int:
     rows = [find_recipe(args.name)] if args.name else list(RECIPES.values())
     from patchword.commands.listing import recipe_cost
 
-    if args.json:
-        out.print_json(
-            data=[vars(row) | {"command": row.command, "cost": recipe_cost(row)} for row in rows]
-        )
-    else:
-        tables.show_recipes(rows, recipe_cost, detail=args.name is not None)
-    return 0
+    data = [vars(row) | {"command": row.command, "cost": recipe_cost(row)} for row in rows]
+    detail = args.name is not None
+    return _give(args.json, data, tables.show_recipes, rows, recipe_cost, detail=detail)
 
 
 def doctor(arguments: Sequence[str]) -> int:
@@ -316,26 +244,15 @@ def doctor(arguments: Sequence[str]) -> int:
     from patchword.commands.examining import examine
 
     found = examine()
-    if args.json:
-        out.print_json(data=found)
-        return 0
-    tables.show_machine(found)
-    return 0
+    return _give(args.json, found, tables.show_machine, found)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "demo": demo,
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "inspect": inspect,
-    "explain": explain,
-    "check": check,
-    "calibrate": calibrate,
-    "convert": convert,
-    "models": models,
-    "recipes": recipes,
-    "doctor": doctor,
+    command.__name__: command
+    for command in (
+        *(demo, train, evaluate, predict, inspect, explain),
+        *(check, calibrate, convert, models, recipes, doctor),
+    )
 }
 
 
@@ -360,8 +277,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if arguments[0] == "--version":
-        import patchword
-
         out.print(patchword.__version__, highlight=False)
         return 0
     try:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from patchword.evaluation.classify import Classification
     from patchword.models.summary import LayerRow
     from patchword.run.sweep import SweepResult
-    from patchword.session.measuring import Prediction
+    from patchword.session.session import Prediction
     from patchword.training.recipes import Recipe
     from patchword.weights.pretrained import Pretrained
 

@@ -6,29 +6,22 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
-from rich.console import Console
 
-from patchword.data.class_names import ClassNames
-from patchword.data.sources import Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.data.splits import hold_out
 from patchword.evaluation.calibrate import BOUNDS, THRESHOLDS, coverage_curve, fit_temperature
 from patchword.evaluation.classify import Classification, Scores
 from patchword.models.model import Model
 from patchword.report.record import read_run
 from patchword.run.folder import is_run, locked
-from patchword.session.measuring import (
-    known_parts,
-    load_classifier,
-    match_labels,
-    part_classifier,
-    run_of,
-)
+from patchword.session.parts import known_parts, run_of
+from patchword.session.session import Running, Session
 from patchword.spec.model import CalibrationSpec, Loss
 from patchword.spec.parse import PatchwordError, UsageError
-from patchword.spec.train import Device, Precision
 from patchword.training.checkpoint import replace_file
 from patchword.weights.files import SINGLE
 from patchword.weights.load import WeightsFile, describe_weights
@@ -95,15 +88,7 @@ def calibrate_model(
     seed: int = 0,
     out: str | Path | None = None,
     overwrite: bool = False,
-    image_size: int | tuple[int, int] | None = None,
-    batch_size: int | None = None,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    workers: int | None = None,
-    trust_pickle: bool = False,
-    classes: ClassNames | None = None,
-    on_bad_image: Literal["skip", "fail"] = "skip",
-    console: Console | None = None,
+    **loading: Unpack[Running],
 ) -> Calibrated:
     """Fit the temperature of a model's probabilities, measure before and after, and store it.
 
@@ -111,33 +96,24 @@ def calibrate_model(
     validation images (of all, if the data have no parts), stratified and drawn by `seed`, fits, and
     the rest reports. Test images only report. The model is then written to `out` in patchword's
     format, or with `overwrite` and no `out` its own file is replaced: the best weights of a
-    finished run, or a file of patchword's; with neither, nothing is stored. A `Model` is calibrated
-    itself. Other options are those of `evaluate`. Raises `UsageError` if the part does not exist or
-    holds test images, and `PatchwordError` if the result cannot be stored where it is asked for,
-    before any image is read.
+    finished run, or a file of patchword's; with neither, nothing is stored. Of a `Model` that was
+    passed in, `calibration` is set. `loading` is as in `Session`. Raises `UsageError` if the part
+    does not exist or holds test images, and `PatchwordError` if the result cannot be stored where
+    it is asked for, before any image is read.
     """
     given = None if isinstance(model, Model) else Path(model)
-    place = _place(given, out, overwrite, image_size, trust_pickle)
+    place = _place(given, out, overwrite, loading)
+    session = Session(model, **loading)
     source = open_source(str(data))
-    chosen = _choose(source, None if given is None else run_of(given), split, seed)
-    net, forward, where = load_classifier(
-        model, image_size, device, precision, trust_pickle, classes
-    )
-    console = console or Console(stderr=True, markup=False, emoji=False)
-    label_map = match_labels(source, net)
     temperature, parts = 1.0, []
-    for images in chosen:
-        classify = part_classifier(
-            net, source, images.at, where, batch_size, workers, on_bad_image, label_map
-        )
-        with console.status(f"{len(images.at):,} images of {images.part}"):
-            scores = classify.collect(forward)
-        for index, reason in scores.bad:
-            logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
+    for images in _choose(source, session.run, split, seed):
+        evaluator = session.evaluator(source, images.at, images.part)
+        scores = evaluator.collect(session.classifier.logits)
         if images.role == "fitted":
-            temperature = _temperature(scores, net.spec.probability)
-        before, after = classify.at(scores, 1.0), classify.at(scores, temperature)
+            temperature = _temperature(scores, session.classifier.probability)
+        before, after = evaluator.at(scores, 1.0), evaluator.at(scores, temperature)
         parts.append(Measurement(images.part, images.role, images.why, before, after))
+    net = model if isinstance(model, Model) else session.net
     net.calibration = _calibration(temperature, parts)
     return Calibrated(net.calibration, tuple(parts), _store(net, place))
 
@@ -253,15 +229,12 @@ class _Place:
 
 
 def _place(
-    given: Path | None,
-    out: str | Path | None,
-    overwrite: bool,
-    image_size: int | tuple[int, int] | None,
-    trust_pickle: bool,
+    given: Path | None, out: str | Path | None, overwrite: bool, loading: Running
 ) -> _Place | None:
     """Where to store the result, None for nowhere. Raises `PatchwordError` if it must not be
     stored there."""
-    file = None if given is None else describe_weights(given, trust_pickle=trust_pickle)
+    trusted = loading.get("trust_pickle", False)
+    file = None if given is None else describe_weights(given, trust_pickle=trusted)
     if out is not None:
         path = Path(out)
         if path.exists() and not overwrite:
@@ -274,7 +247,7 @@ def _place(
         return None
     if given is None or file is None or file.format != "patchword" or not given.exists():
         raise UsageError("only weights of patchword's own format can be replaced; give --out FILE")
-    if image_size is not None:
+    if loading.get("image_size") is not None:
         raise UsageError("--image-size makes another model; store it with --out FILE")
     run = run_of(given)
     if run is None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from patchword.commands.figure_folder import file_names, numbers
-from patchword.data.class_names import ClassNames
-from patchword.data.loader import eval_batches
-from patchword.data.transforms import EvalTransform, to_input
 from patchword.evaluation.matching import match_classes
 from patchword.inspection.explain import Explanation, explain_class
 from patchword.inspection.figures.drawing import Format, encode
@@ -25,14 +21,8 @@ from patchword.inspection.figures.explain import draw_explanation
 from patchword.inspection.removal import drops_tokens
 from patchword.models.model import Model
 from patchword.models.vit import ViT
-from patchword.session.measuring import (
-    eval_workers,
-    find_images,
-    image_source,
-    load_classifier,
-)
-from patchword.spec.parse import PatchwordError, UsageError, nearest
-from patchword.spec.train import Device
+from patchword.session.session import Images, Loading, Session
+from patchword.spec.parse import PatchwordError, UsageError, at_least, nearest
 
 logger = logging.getLogger("patchword")
 READ_AHEAD = 16
@@ -106,62 +96,53 @@ class Explanations:
 
 def explain_images(
     model: str | Path | Model,
-    images: str | Path | Sequence[str | Path],
+    images: Images,
     *,
     label: str | None = None,
     out: str | Path | None = None,
     window: int | None = None,
     overwrite: bool = False,
-    image_size: int | tuple[int, int] | None = None,
-    batch_size: int | None = None,
-    device: Device = "auto",
-    workers: int | None = None,
-    trust_pickle: bool = False,
-    classes: ClassNames | None = None,
     bad: dict[str, str] | None = None,
-    console: Console | None = None,
+    **loading: Unpack[Loading],
 ) -> Explanations:
     """Explain each image's most probable class, or the class named `label`, with a picture each.
 
     `images` are those of `predict`, as is `bad`. `out` is the picture, `.png` or `.pdf`, if there
     is one image, or a folder of pictures `NAME.png`; by default they are `explain-NAME.png` in the
     working directory. `window`: so many patches a side are taken away at a time for the occlusion
-    map; None is 1 up to 16 x 16 patches, else what 256 passes allow. `batch_size`: images with
-    patches taken away that the model is given at a time.
-
-    `classes` as in `evaluate`.
+    map; None is 1 up to 16 x 16 patches, else what 256 passes allow. `model` and `loading` are
+    those of `Session`, but for `batch_size`: images with patches taken away that the model is given
+    at a time.
 
     Raises `PatchwordError` if the model is missing or damaged or has fewer than two classes, no
     image can be read, or a picture exists and `overwrite` is not set; `UsageError` if the model has
     no such class, a number is out of range, or several images are to go into one picture.
     """
-    for name, value in (("window", window), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; use 1 or more")
-    net, _, where = load_classifier(model, image_size, device, "float32", trust_pickle, classes)
-    names = net.classes or tuple(str(i) for i in range(net.spec.num_classes))
+    at_least("window", window, 1)
+    at_least("batch_size", loading.get("batch_size"), 1)
+    session = Session(model, precision="float32", **loading)
+    names = session.classifier.names
     wanted = None if label is None else _class_named(label, names)
-    bad = {} if bad is None else bad
-    paths = find_images([images] if isinstance(images, str | Path) else images, bad)
-    pictures = _pictures(paths, out, overwrite)
-    console = console or Console(stderr=True, markup=False, emoji=False)
-    if not isinstance(net, ViT):
+    source = session.images(images)
+    pictures = _pictures(source.keys, out, overwrite)
+    if not isinstance(session.net, ViT):
         logger.info(
             "rollout does not apply: a %s has no attention; explained by occlusion alone",
-            type(net).__name__,
+            type(session.net).__name__,
         )
     found: list[Explained] = []
-    start = time.perf_counter()
-    with console.status("") as status:
-        for at, pixels in _readable(net, paths, workers, bad):
-            rate = (time.perf_counter() - start) / max(len(found), 1)
-            status.update(f"{len(found):,}/{len(paths):,} images explained, {rate:.1f} s each")
-            inputs = to_input(pixels[None].to(where), net.preprocess)
-            found.append(
-                _explained(net, inputs, names, wanted, window, batch_size, paths[at], pictures[at])
-            )
-            _draw(found[-1], pixels)
-    drops = drops_tokens(net)
+    start, everything = time.perf_counter(), np.arange(len(source))
+    with session.console.status("") as status:
+        for images_read, at in session.readable(source, everything, batch_size=READ_AHEAD):
+            for pixels, index in zip(images_read, map(int, at), strict=True):
+                rate = (time.perf_counter() - start) / max(len(found), 1)
+                done = f"{len(found):,}/{len(source):,} images explained, {rate:.1f} s each"
+                status.update(done)
+                place = source.keys[index], pictures[index]
+                found.append(_explained(session, pixels, wanted, window, *place))
+    if bad is not None:
+        bad |= session.bad
+    drops = drops_tokens(session.net)
     return Explanations(
         images=found,
         taken_away_by="leaving out tokens" if drops else "painting in the mean colour",
@@ -178,58 +159,36 @@ def _class_named(label: str, names: Sequence[str]) -> int:
 
 
 def _explained(
-    net: Model,
-    inputs: Tensor,
-    classes: Sequence[str],
+    session: Session,
+    pixels: Tensor,
     wanted: int | None,
     window: int | None,
-    batch_size: int | None,
     path: str,
     picture: Path,
 ) -> Explained:
-    """One image, normalised, `[1, C, H, W]`, explained."""
-    with torch.no_grad():
-        shares = net.probabilities(net(inputs).float().cpu())[0]
+    """One image, uint8 `[C, H, W]`, explained, with its picture drawn."""
+    model = session.classifier
+    shares = model.probabilities(model.logits(pixels[None]))[0]
     best = int(shares.argmax())
     target = best if wanted is None else wanted
     (found,) = explain_class(
-        net, inputs, torch.tensor([target]), window=window, batch_size=batch_size
+        session.net,
+        session.inputs(pixels[None]),
+        torch.tensor([target]),
+        window=window,
+        batch_size=session.batch_size,
     )
+    figure = draw_explanation(pixels.permute(1, 2, 0).numpy(), found, model.names[target])
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes(encode(figure, FORMATS[picture.suffix.lower()]))
     return Explained(
         path=path,
-        label=classes[target],
-        predicted=classes[best],
+        label=model.names[target],
+        predicted=model.names[best],
         predicted_probability=float(shares[best]),
         explanation=found,
         picture=picture,
     )
-
-
-def _draw(row: Explained, pixels: Tensor) -> None:
-    """The picture of an image, uint8 `[C, H, W]`, into its file."""
-    figure = draw_explanation(pixels.permute(1, 2, 0).numpy(), row.explanation, row.label)
-    row.picture.parent.mkdir(parents=True, exist_ok=True)
-    row.picture.write_bytes(encode(figure, FORMATS[row.picture.suffix.lower()]))
-
-
-def _readable(
-    net: Model, paths: Sequence[str], workers: int | None, bad: dict[str, str]
-) -> Iterator[tuple[int, Tensor]]:
-    """The places and pixels, uint8 `[C, H, W]`, of the images that can be read; others go into
-    `bad`. Raises `PatchwordError` if none can be read."""
-    for batch in eval_batches(
-        image_source(paths),
-        np.arange(len(paths)),
-        EvalTransform(net.spec.image_size, net.spec.in_channels, net.preprocess),
-        batch_size=READ_AHEAD,
-        workers=eval_workers(workers, len(paths)),
-        on_bad="skip",
-    ):
-        for index, reason in batch.bad:
-            logger.warning("cannot read %s: %s", paths[index], reason)
-            bad[paths[index]] = reason
-        for row in batch.mask.nonzero()[:, 0].tolist():
-            yield int(batch.indices[row]), batch.images[row]
 
 
 def _pictures(paths: Sequence[str], out: str | Path | None, overwrite: bool) -> list[Path]:

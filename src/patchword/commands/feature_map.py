@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from patchword.commands.figure_folder import Folder, numbers
-from patchword.commands.probing import part_features
 from patchword.data.images import BadImage
 from patchword.data.sources import Source
-from patchword.data.transforms import EvalTransform
 from patchword.evaluation.matching import match_classes
 from patchword.inspection.figures.drawing import short
 from patchword.inspection.figures.features import Thumbnail, draw_feature_map
 from patchword.inspection.tokens import nearest, pooled_map
-from patchword.models.model import Model
 from patchword.session.features import Features
-from patchword.session.measuring import choose_part
+from patchword.session.session import Session
 from patchword.spec.parse import PatchwordError
 
 NEIGHBOURS = 5
@@ -43,43 +38,21 @@ class FeatureMap:
     """A part of a labelled source, to be mapped by the features of a model. Raises `UsageError` if
     the part does not exist."""
 
-    def __init__(
-        self,
-        net: Model,
-        source: Source,
-        run: Path | None,
-        split: str | None,
-        most: int,
-        device: torch.device,
-        batch_size: int | None,
-        workers: int | None,
-        console: Console,
-    ) -> None:
-        self.net, self.source, self.most, self.console = net, source, most, console
-        self.device, self.batch_size, self.workers = device, batch_size, workers
-        self.name, self.why, self.part = choose_part(source, run, split)
+    def __init__(self, session: Session, source: Source, split: str | None, most: int) -> None:
+        self.session, self.source, self.most = session, source, most
+        self.name, self.why, self.part = session.part(source, split)
 
     def draw(self, folder: Folder) -> dict[str, Any]:
         """Draw `embedding` and return its numbers."""
-        features = part_features(
-            self.net,
-            self.source,
-            spread(self.part, self.most),
-            self.name,
-            device=self.device,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            precision=torch.float32,
-            cache=True,
-            on_bad="skip",
-            console=self.console,
-        )
+        features = self.session.features(self.source, spread(self.part, self.most), self.name)
         labels = features.labels.numpy()
         classes = self.source.classes
-        with self.console.status("mapping the features"):
+        with self.session.console.status("mapping the features"):
             points = pooled_map(features.pooled)
             near = np.concatenate(list(_neighbours(features)))
-        said = _by_head(self.net, self.source, features) or _by_neighbours(labels, near, classes)
+        said = _by_head(self.session, self.source, features) or _by_neighbours(
+            labels, near, classes
+        )
         wrong = np.flatnonzero(said.labels != labels)
         wrong = wrong[np.argsort(-said.sure[wrong], kind="stable")]
         title = f"Features of {len(labels):,} images of {self.source.name} ({self.name})"
@@ -132,12 +105,11 @@ class FeatureMap:
         return row
 
     def _thumbnail(self, features: Features, at: int, caption: str, *, right: bool) -> Thumbnail:
-        spec = self.net.spec
-        transform = EvalTransform(spec.image_size, spec.in_channels, self.net.preprocess)
+        transform = self.session.transform
         try:
             image = transform(self.source.read(int(features.indices[at])))
         except BadImage:  # it could be read when its features were computed
-            image = np.full((1, *spec.image_size), 255, np.uint8)
+            image = np.full((1, *transform.image_size), 255, np.uint8)
         return Thumbnail(image.transpose(1, 2, 0), caption, right)
 
 
@@ -162,8 +134,9 @@ class _Said:
 
 
 @torch.inference_mode()
-def _by_head(net: Model, source: Source, features: Features) -> _Said | None:
+def _by_head(session: Session, source: Source, features: Features) -> _Said | None:
     """What the model's head says, or None if it does not know the source's classes."""
+    net = session.net
     if net.head is None or not net.classes:
         return None
     try:
@@ -172,7 +145,7 @@ def _by_head(net: Model, source: Source, features: Features) -> _Said | None:
         return None
     if min(theirs) < 0:
         return None
-    pooled = features.pooled.to(next(net.parameters()).device)
+    pooled = features.pooled.to(session.device)
     sure, chosen = net.probabilities(net.classify(pooled).float()).max(dim=1)
     ours = np.full(len(net.classes), -1, np.int64)
     ours[theirs] = np.arange(len(theirs))

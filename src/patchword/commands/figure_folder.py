@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from patchword.data.sources import is_image, short_name
+from patchword.data.files import is_image
+from patchword.data.sources import short_name
 from patchword.inspection.figures.drawing import Format, encode
 from patchword.spec.parse import PatchwordError
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from patchword.commands.feature_map import FeatureMap, spread
 from patchword.commands.figure_folder import Folder, file_names, numbers
-from patchword.data.class_names import ClassNames
-from patchword.data.loader import eval_batches
-from patchword.data.sources import Source, open_source
-from patchword.data.transforms import EvalTransform, to_input
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.inspection.attention import (
     attention_maps,
     entropy_of,
@@ -45,19 +40,10 @@ from patchword.inspection.tokens import token_components
 from patchword.models.model import Model
 from patchword.models.vit import ViT
 from patchword.models.zoo import variant_name
-from patchword.session.device import resolve_device
 from patchword.session.features import eval_batch_size
-from patchword.session.measuring import (
-    eval_workers,
-    find_images,
-    image_source,
-    load_net,
-    run_of,
-)
-from patchword.spec.parse import PatchwordError, UsageError
-from patchword.spec.train import Device
+from patchword.session.session import Images, Loading, Session
+from patchword.spec.parse import PatchwordError, UsageError, at_least
 
-logger = logging.getLogger("patchword")
 OF_DATA = 128
 """Images taken from the data set where no others are named: as many as in figure 7 of the paper."""
 PICTURES = 8
@@ -79,57 +65,36 @@ class Inspection:
 class _Work:
     """What the figures are made from."""
 
-    net: Model
+    session: Session
     source: Source
     indices: np.ndarray
-    device: torch.device
-    batch_size: int
-    workers: int
     folder: Folder
-    console: Console
-    bad: dict[str, str]
 
-    def batches(self, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    @property
+    def net(self) -> Model:
+        return self.session.net
+
+    @property
+    def batch_size(self) -> int:
+        """Images whose attention is in memory at a time."""
+        return self.session.batch_size or min(32, eval_batch_size(self.net))
+
+    def images(self, what: str) -> Iterator[tuple[Tensor, np.ndarray]]:
         """The images that can be read, uint8 `[b, C, H, W]`, and their positions in the source,
         with progress."""
-        spec, seen, start = self.net.spec, 0, time.perf_counter()
-        transform = EvalTransform(spec.image_size, spec.in_channels, self.net.preprocess)
-        with self.console.status("") as status:
-            for batch in eval_batches(
-                self.source,
-                self.indices,
-                transform,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                on_bad="skip",
-            ):
-                for index, reason in batch.bad:
-                    where = self.source.location(index)
-                    if where not in self.bad:
-                        self.bad[where] = reason
-                        logger.warning("cannot read %s: %s", where, reason)
-                if batch.mask.any():
-                    yield batch.images[batch.mask].numpy(), batch.indices[batch.mask].numpy()
-                seen += len(batch.labels)
-                rate = seen / (time.perf_counter() - start)
-                done = f"{what}: {seen:,}/{len(self.indices):,} images, {rate:,.1f} a second"
-                status.update(done)
+        return self.session.readable(self.source, self.indices, what, batch_size=self.batch_size)
 
     def first(self, count: int) -> _Pictures:
         """The first images that can be read."""
         images, at = [], []
-        for some, places in self.batches("pictures"):
+        for some, places in self.images("pictures"):
             images.append(some)
             at.append(places)
             if sum(map(len, at)) >= count:
                 break
-        chosen = np.concatenate(images)[:count]
+        chosen = torch.cat(images)[:count]
         keys = [self.source.keys[int(index)] for index in np.concatenate(at)[:count]]
-        return _Pictures(file_names(keys), keys, chosen, self.inputs(chosen))
-
-    def inputs(self, images: np.ndarray) -> Tensor:
-        """Normalised, on the device."""
-        return to_input(torch.from_numpy(images).to(self.device), self.net.preprocess)
+        return _Pictures(file_names(keys), keys, chosen.numpy(), self.session.inputs(chosen))
 
 
 @dataclass(frozen=True)
@@ -161,7 +126,7 @@ class _Pictures:
 
 def inspect_model(
     model: str | Path | Model,
-    images: str | Path | Sequence[str | Path] = (),
+    images: Images = (),
     *,
     out: str | Path,
     data: str | Path | None = None,
@@ -171,14 +136,8 @@ def inspect_model(
     mapped: int = MAPPED,
     format: Format = "png",
     overwrite: bool = False,
-    image_size: int | tuple[int, int] | None = None,
-    batch_size: int | None = None,
-    device: Device = "auto",
-    workers: int | None = None,
-    trust_pickle: bool = False,
-    classes: ClassNames | None = None,
     bad: dict[str, str] | None = None,
-    console: Console | None = None,
+    **loading: Unpack[Loading],
 ) -> Inspection:
     """Draw what `model` has learned and what it looks at in `images`, into the folder `out`.
 
@@ -187,46 +146,29 @@ def inspect_model(
     `mapped` images spread evenly. Averages are over all images; the first `pictures` that can be
     read are drawn one by one. `query` is the patch (row, column), from 0, whose attention is shown
     instead of the class token's. `bad`, if given, receives path -> reason of what cannot be read.
+    `model` and `loading` are those of `Session`.
 
     Raises `PatchwordError` if the model is missing or damaged, no image can be read, or `out` holds
     files and `overwrite` is not set; `UsageError` on numbers out of range.
     """
-    _check(pictures=(pictures, 0), mapped=(mapped, 1))
+    at_least("pictures", pictures, 0)
+    at_least("mapped", mapped, 1)
     folder = Folder(Path(out), format, overwrite)
-    where, bad = resolve_device(device), {} if bad is None else bad
-    console = console or Console(stderr=True, markup=False, emoji=False)
-    net = load_net(model, image_size, where, trust_pickle, classes)
-    run = None if isinstance(model, Model) else run_of(Path(model))
-    if isinstance(net, ViT):
-        query_token(net.spec, query)
+    session = Session(model, precision="float32", **loading)
+    if isinstance(session.net, ViT):
+        query_token(session.net.spec, query)
     features = None
     if data is not None:
-        features = FeatureMap(
-            net, open_source(str(data)), run, split, mapped, where, batch_size, workers, console
-        )
-    source, indices = _chosen(images, features, bad)
-    work = _Work(
-        net=net,
-        source=source,
-        indices=indices,
-        device=where,
-        batch_size=batch_size or min(32, eval_batch_size(net)),
-        workers=eval_workers(workers, len(indices)),
-        folder=folder,
-        console=console,
-        bad=bad,
-    )
+        features = FeatureMap(session, open_source(str(data)), split, mapped)
+    source, indices = _chosen(session, images, features)
+    work = _Work(session=session, source=source, indices=indices, folder=folder)
     shown = work.first(max(pictures, 1))
     folder.prepare()
     figures = _figures(work, shown, query, pictures > 0, features)
-    return Inspection(folder.path, folder.finish(_drawn(work, figures)))
-
-
-def _check(**numbers: tuple[int, int]) -> None:
-    """Raises `UsageError` for a number below the least that makes sense."""
-    for name, (value, least) in numbers.items():
-        if value < least:
-            raise UsageError(f"{name} is {value}; use {least} or more")
+    summary = folder.finish(_drawn(work, figures))
+    if bad is not None:
+        bad |= session.bad
+    return Inspection(folder.path, summary)
 
 
 def _figures(
@@ -252,13 +194,12 @@ def _figures(
 
 
 def _chosen(
-    images: str | Path | Sequence[str | Path], features: FeatureMap | None, bad: dict[str, str]
+    session: Session, images: Images, features: FeatureMap | None
 ) -> tuple[Source, np.ndarray]:
     """A source and the positions in it of the images to look at."""
-    given = [images] if isinstance(images, str | Path) else images
-    if given:
-        paths = find_images(given, bad)
-        return image_source(paths), np.arange(len(paths))
+    if images:
+        source = session.images(images)
+        return source, np.arange(len(source))
     if features is None:
         raise UsageError("no images given; name files, folders or a pattern, or --data DATA")
     return features.source, spread(features.part, OF_DATA)
@@ -270,7 +211,7 @@ def _drawn(work: _Work, figures: dict[str, Callable[[], dict[str, Any]]]) -> dic
     skipped: dict[str, str] = {}
     for name, draw in figures.items():
         own = name in ("attention_distance", "embedding")  # they say how far they are
-        with nullcontext() if own else work.console.status(name.replace("_", " ")):
+        with nullcontext() if own else work.session.console.status(name.replace("_", " ")):
             try:
                 found[name] = draw()
             except NotApplicable as reason:
@@ -280,7 +221,7 @@ def _drawn(work: _Work, figures: dict[str, Callable[[], dict[str, Any]]]) -> dic
         "model": variant_name(spec),
         "image_size": [*spec.image_size],
         "images": len(work.indices),
-        "unreadable": dict(work.bad),
+        "unreadable": dict(work.session.bad),
         "skipped": skipped,
     } | found
 
@@ -309,7 +250,7 @@ def _positions(work: _Work, inputs: Tensor) -> dict[str, Any]:
 def _distance(work: _Work) -> dict[str, Any]:
     vit = _with_attention(work.net)
     found = measure_attention(
-        vit, (work.inputs(images) for images, _ in work.batches("attention distance"))
+        vit, (work.session.inputs(images) for images, _ in work.images("attention distance"))
     )
     uniform = uniform_distance(vit.spec)
     drawn = draw_attention_distance(found.distance, uniform=uniform, images=found.images)

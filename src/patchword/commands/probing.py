@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from patchword.data.class_names import ClassNames
-from patchword.data.loader import OnBad
-from patchword.data.sources import Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.data.splits import divide
 from patchword.evaluation.fewshot import SHOTS, FewShot, few_shot_accuracies
 from patchword.evaluation.linear import accuracy
 from patchword.evaluation.probe import Probe, knn, sweep_logistic
 from patchword.models.model import Model
-from patchword.session.device import resolve_device, resolve_precision
-from patchword.session.features import (
-    Features,
-    Layer,
-    eval_batch_size,
-    extract,
-    known_layer,
-)
-from patchword.session.measuring import eval_workers, known_parts, load_net, run_of
+from patchword.session.features import Features, Layer, known_layer
+from patchword.session.parts import known_parts
+from patchword.session.session import Running, Session
 from patchword.spec.data import DataSpec
 from patchword.spec.parse import PatchwordError, UsageError, nearest
-from patchword.spec.train import Device, Precision
 
 logger = logging.getLogger("patchword")
 ProbeName = Literal["fewshot", "knn", "logistic"]
@@ -105,19 +95,11 @@ def measure_probes(
     *,
     layer: Layer = "pre-logits",
     split: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    batch_size: int | None = None,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    workers: int | None = None,
-    trust_pickle: bool = False,
-    classes: ClassNames | None = None,
-    on_bad_image: OnBad = "skip",
     shots: Sequence[int] = SHOTS,
     seeds: int = 3,
     seed: int = 0,
     cache: bool | Path = True,
-    console: Console | None = None,
+    **loading: Unpack[Running],
 ) -> Probing:
     """Few-shot, kNN and logistic probes of a model's frozen features on a data source.
 
@@ -127,107 +109,40 @@ def measure_probes(
     else val. The logistic probe's regulariser is chosen on the val part or, where that is measured
     on or missing, on a tenth of the train part. Data that have no parts are divided as `patchword
     train` divides them, by `seed`, or as the run did that the model lies in. `model`, with or
-    without a head, and the other options are as in `evaluate`; `cache` as in `features.extract`.
+    without a head, and `loading` are those of `Session`; `cache` is as in `features.extract`.
     Raises `PatchwordError` if the model is missing or damaged, the data have no train part, or no
     image can be read, and `UsageError` if there is no part or layer of that name.
     """
     for name in probes:
         if name not in get_args(ProbeName):
             raise UsageError(f"unknown probe {name!r}{nearest(name, get_args(ProbeName))}")
-    where = resolve_device(device)
-    run = None if isinstance(model, Model) else run_of(Path(model))
-    net = load_net(model, image_size, where, trust_pickle, classes)
+    session = Session(model, **loading)
     source = open_source(str(data))
-    parts = probe_parts(source, run, split, seed)
-    console = console or Console(stderr=True, markup=False, emoji=False)
+    parts = probe_parts(source, session.run, split, seed)
 
     def features(indices: np.ndarray, name: str) -> Features:
-        return part_features(
-            net,
-            source,
-            indices,
-            name,
-            device=where,
-            batch_size=batch_size,
-            workers=workers,
-            precision=resolve_precision(precision, where),
-            layer=layer,
-            cache=cache,
-            on_bad=on_bad_image,
-            console=console,
-        )
+        return session.features(source, indices, name, layer=layer, cache=cache)
 
-    train, queries = features(parts.train, "train"), features(parts.queries, parts.split)
-    development = None
+    found = {
+        "train": features(parts.train, "train"),
+        "queries": features(parts.queries, parts.split),
+    }
     if "logistic" in probes and not np.isin(parts.development, parts.train).all():
-        development = features(parts.development, "val")
-    with console.status("fitting the probes"):
-        return _measure(
-            known_layer(net, layer),
-            source,
-            parts,
-            train,
-            queries,
-            development,
-            probes,
-            shots,
-            seeds,
-        )
-
-
-def part_features(
-    net: Model,
-    source: Source,
-    indices: np.ndarray,
-    name: str,
-    *,
-    device: torch.device,
-    batch_size: int | None,
-    workers: int | None,
-    precision: torch.dtype,
-    layer: Layer = "pooled",
-    cache: bool | Path,
-    on_bad: OnBad,
-    console: Console,
-) -> Features:
-    """`extract` of the part called `name`, with progress on the console; unreadable images are
-    logged."""
-    start = time.perf_counter()
-    with console.status("") as status:
-
-        def progress(done: int, total: int) -> None:
-            rate = done / (time.perf_counter() - start)
-            status.update(f"features of {name}: {done:,}/{total:,} images, {rate:,.0f} a second")
-
-        found = extract(
-            net,
-            source,
-            indices,
-            device=device,
-            batch_size=batch_size or eval_batch_size(net),
-            workers=eval_workers(workers, len(indices)),
-            precision=str(precision).removeprefix("torch."),
-            layer=layer,
-            cache=cache,
-            on_bad=on_bad,
-            progress=progress,
-        )
-    for index, reason in found.bad:
-        logger.warning("skipped an unreadable image: %s: %s", source.location(index), reason)
-    return found
+        found["development"] = features(parts.development, "val")
+    with session.console.status("fitting the probes"):
+        return _measure(known_layer(session.net, layer), source, parts, found, probes, shots, seeds)
 
 
 def _measure(
     layer: Layer,
     source: Source,
     parts: Parts,
-    train: Features,
-    queries: Features,
-    development: Features | None,
+    found: dict[str, Features],
     probes: Sequence[ProbeName],
     shots: Sequence[int],
     seeds: int,
 ) -> Probing:
+    train, queries = found["train"], found["queries"]
     classes = len(source.classes)
     given = (train.pooled, train.labels, queries.pooled, queries.labels)
     fewshot = neighbours = chosen = share = None
@@ -243,7 +158,7 @@ def _measure(
         said = knn(*given[:3])
         neighbours = {k: float((c == queries.labels).double().mean()) for k, c in said.items()}
     if "logistic" in probes:
-        chosen = _logistic(train, development, parts, classes)
+        chosen = _logistic(train, found.get("development"), parts, classes)
         share = accuracy(chosen.weight, chosen.bias, queries.pooled, queries.labels)
     return Probing(
         layer=layer,
@@ -251,7 +166,7 @@ def _measure(
         why=parts.why,
         support=len(train.labels),
         n=len(queries.labels),
-        skipped=train.skipped + queries.skipped + (development.skipped if development else 0),
+        skipped=sum(features.skipped for features in found.values()),
         fewshot=fewshot,
         knn=neighbours,
         logistic=share,

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import io
-import os
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from patchword.data.libtiff import errors_heard
+from patchword.data.pillow import check_size, errors_heard, guarded, warned
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """The formats that are opened; JPEG includes MPO, the multi-picture kind of cameras."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 MAX_PIXELS = 178_956_970
-"""Pillow's own hard limit: half a gigabyte of RGB. A higher one has no effect."""
+"""The limit where none is asked for, half a gigabyte of RGB: Pillow's own hard one as installed."""
 
 LARGE = 1 << 26
 """Pixels above which every image, not only a JPEG, may come out reduced (67 megapixels)."""
 STRIP = 1 << 22
 """Pixels that are converted at a time, so that a large image is in memory once."""
-
-AtLeast = tuple[int, int] | Callable[[int, int], tuple[int, int]]
-"""(height, width), or a function that makes it from the full image's (height, width)"""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -40,57 +36,61 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Filters of `warnings` are global to the process: one decode at a time may change them.
-_guard = threading.Lock()
-
-
-def _renew_guard() -> None:
-    global _guard
-    _guard = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_guard)
-
 
 class BadImage(Exception):
     """The image cannot be decoded. The message is a short reason."""
 
 
-def decode(
-    data: bytes | np.ndarray,
-    channels: int,
-    *,
-    at_least: AtLeast | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> Image.Image:
-    """An image of mode L, RGB or RGBA (1, 3 or 4 `channels`), upright and fully decoded.
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image whose header is read; its pixels too, but for a JPEG's."""
 
-    `data` is an encoded file or uint8 `[H, W, C]`. EXIF orientation is applied, the first frame of
-    an animation taken, 16 bits scaled to 8, transparency laid over white (but kept for RGBA). With
-    `at_least`, a JPEG may come out reduced by 2, 4 or 8, but not below that (height, width), and
-    so may any other file of more than `LARGE` pixels (each pixel the mean of a square of its side).
-    Raises `BadImage` for anything that is wrong with the data.
+    image: Image.Image
+    """as it is stored"""
+    mode: str
+    """of the result"""
+    orientation: int = 1
+    """EXIF's: how the stored image is turned"""
+    reduced_by: Literal["nothing", "draft", "means"] = "nothing"
+    """how it may be made smaller: a JPEG while it is decoded, other files by means of squares"""
 
-    Memory: what Pillow decodes, 4 bytes a pixel (1 for grey and palettes, 2 for 16 bits), and the
-    result, where that is another image.
-    """
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the whole image, upright."""
+        width, height = self.image.size
+        return (width, height) if self.orientation >= 5 else (height, width)
+
+    def decoded(self, at_least: tuple[int, int] | None = None) -> Image.Image:
+        """The pixels, once: as `decode` gives them."""
+        image, factor = self.image, 1
+        if at_least is not None:
+            least = [max(1, side) for side in at_least]  # (width, height) as stored
+            least = least if self.orientation >= 5 else least[::-1]
+            if self.reduced_by == "draft":
+                image.draft(self.mode, (least[0], least[1]))
+            elif self.reduced_by == "means" and image.width * image.height > LARGE:
+                left = min(has // needs for has, needs in zip(image.size, least, strict=True))
+                factor = next((by for by in (8, 4, 2) if left >= by), 1)
+        image.load()
+        image = _finish(image, self.mode, factor)
+        return image.transpose(_TURNS[self.orientation]) if self.orientation in _TURNS else image
+
+
+@contextmanager
+def opened(
+    data: bytes | np.ndarray, channels: int, max_pixels: int = MAX_PIXELS
+) -> Iterator[Picture]:
+    """The picture that `data` hold, as `decode` takes them. Whatever goes wrong in the body, which
+    looks at the size and decodes, is a fault of the data: `BadImage`."""
     try:
-        if isinstance(data, np.ndarray):
-            image = Image.fromarray(data[..., 0] if data.shape[2] == 1 else data)
-            if callable(at_least):
-                at_least(image.height, image.width)
-            return _finish(image, MODES[channels])
-        with _guard, warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            return _decode_file(data, MODES[channels], at_least, max_pixels, said)
+        with guarded(max_pixels):
+            yield _open(data, MODES[channels])
     except BadImage:
         raise
     except MemoryError:
         raise BadImage("not enough memory to decode it") from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"more than {max_pixels:,} pixels") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(str(error)) from None
     except Image.UnidentifiedImageError:
         raise BadImage(
             "empty file" if len(data) == 0 else "not an image of a known format"
@@ -100,51 +100,48 @@ def decode(
         raise BadImage(f"{type(error).__name__}: {reason}" if reason else "undecodable") from None
 
 
-def _decode_file(
-    data: bytes,
-    mode: str,
-    at_least: AtLeast | None,
-    max_pixels: int,
-    said: list[warnings.WarningMessage],
+def decode(
+    data: bytes | np.ndarray,
+    channels: int,
+    *,
+    at_least: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
+    """An image of mode L, RGB or RGBA (1, 3 or 4 `channels`), upright and fully decoded.
+
+    `data` is an encoded file or uint8 `[H, W, C]`. EXIF orientation is applied, the first frame of
+    an animation taken, 16 bits scaled to 8, transparency laid over white (but kept for RGBA). With
+    `at_least`, a JPEG may come out reduced by 2, 4 or 8, but not below that (height, width), and
+    so may any other file of more than `LARGE` pixels (each pixel the mean of a square of its side).
+    Raises `BadImage` for anything that is wrong with the data, and from the header alone for an
+    image of more than `max_pixels`, whatever Pillow's own limit is. Threads may decode at once.
+
+    Memory: what Pillow decodes, 4 bytes a pixel (1 for grey and palettes, 2 for 16 bits), and the
+    result, where that is another image.
+    """
+    with opened(data, channels, max_pixels) as picture:
+        return picture.decoded(at_least)
+
+
+def _open(data: bytes | np.ndarray, mode: str) -> Picture:
+    if isinstance(data, np.ndarray):
+        image = Image.fromarray(data[..., 0] if data.shape[2] == 1 else data)
+        check_size(image.size)
+        return Picture(image, mode)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise BadImage(f"size {width} x {height}")
-    if width * height > max_pixels:
-        raise BadImage(f"{width} x {height} is more than {max_pixels:,} pixels")
-    orientation, factor = 1, 1
-    photo = image.format in ("JPEG", "MPO")
-    if photo:
-        orientation = exif_orientation(image)
-        if wanted := _wanted(at_least, image.size, orientation):
-            image.draft(mode, wanted)
-    with errors_heard() if image.format == "TIFF" else nullcontext():
-        image.load()
-    if image.format == "TIFF":  # Pillow turns TIFF files itself
-        if said:
-            raise BadImage(" ".join(str(said[0].message).split())[:120])
-    elif not photo:
-        orientation = exif_orientation(image)
-    if not photo and (wanted := _wanted(at_least, image.size, orientation)):
-        left = min(has // needs for has, needs in zip(image.size, wanted, strict=True))
-        if image.width * image.height > LARGE:
-            factor = next((by for by in (8, 4, 2) if left >= by), 1)
-    image = _finish(image, mode, factor)
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-
-
-def _wanted(
-    at_least: AtLeast | None, size: tuple[int, int], orientation: int
-) -> tuple[int, int] | None:
-    """The least (width, height) of an image of `size`, both as it is stored, before turning."""
-    turned = orientation >= 5
-    if callable(at_least):
-        at_least = at_least(*(size if turned else size[::-1]))
-    if at_least is None:
-        return None
-    width, height = at_least if turned else at_least[::-1]
-    return max(1, width), max(1, height)
+    if min(image.size) < 1:
+        raise BadImage(f"size {image.width} x {image.height}")
+    check_size(image.size)
+    if image.format in ("JPEG", "MPO"):
+        return Picture(image, mode, exif_orientation(image), "draft")
+    if image.format == "TIFF":
+        with errors_heard():
+            image.load()
+        if said := warned():
+            raise BadImage(" ".join(said.split())[:120])
+        return Picture(image, mode, reduced_by="means")  # Pillow turns TIFF files itself
+    image.load()  # a PNG may say behind its pixels how it is turned
+    return Picture(image, mode, exif_orientation(image), "means")
 
 
 def exif_orientation(image: Image.Image) -> int:

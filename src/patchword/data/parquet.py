@@ -18,7 +18,7 @@ import numpy as np
 
 from patchword.data.contents import digest_files
 from patchword.data.images import BadImage
-from patchword.data.sources import SPLITS, Source, group_parts, short_name
+from patchword.data.sources import SPLITS, Source, group_parts, numbered, short_name
 from patchword.spec.parse import PatchwordError
 
 logger = logging.getLogger("patchword")
@@ -29,6 +29,15 @@ IN_MEMORY_BYTES = 1 << 30
 GROUPS_KEPT = 8
 
 _INSTALL = "needs the extra hub; run: pip install -c constraints.txt -e '.[hub]'"
+
+
+def parquet_files(root: Path) -> list[Path]:
+    """Parquet files of the layouts that the Hugging Face hub uses."""
+    files: list[Path] = []
+    for base in (root, root / "data", root / "default"):
+        folders = [base, *(base / split for split in SPLITS)]
+        files += [file for folder in folders for file in folder.glob("*.parquet")]
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def open_parquet(root: Path, files: Sequence[Path]) -> Source:
@@ -52,10 +61,8 @@ def open_parquet(root: Path, files: Sequence[Path]) -> Source:
         try:
             with pq.ParquetFile(file) as opened:
                 schema = opened.schema_arrow
-                image, label = (
-                    _column(schema, IMAGE_COLUMNS, file),
-                    _column(schema, LABEL_COLUMNS, file),
-                )
+                image = _column(schema.names, IMAGE_COLUMNS, file)
+                label = _column(schema.names, LABEL_COLUMNS, file)
                 _check_images(schema.field(image), file)
                 found = opened.read(columns=[label], use_threads=False).column(label).to_pylist()
                 if _unlabelled(found, str(file)):
@@ -92,13 +99,14 @@ def open_parquet(root: Path, files: Sequence[Path]) -> Source:
     )
 
 
-def _column(schema: Any, candidates: Sequence[str], file: Path) -> str:
+def _column(
+    names: Sequence[str], candidates: Sequence[str], where: object, advice: str = "rename one"
+) -> str:
     for name in candidates:
-        if name in schema.names:
+        if name in names:
             return name
     raise PatchwordError(
-        f"{file}: no column {' or '.join(candidates)} (it has {', '.join(schema.names)}); "
-        "rename one"
+        f"{where}: no column {' or '.join(candidates)} (it has {', '.join(names)}); {advice}"
     )
 
 
@@ -150,9 +158,7 @@ def _classes(
         return tuple(names), numbers
     if not any(all(isinstance(value, kind) for value in values) for kind in (int, str)):
         raise PatchwordError(f"{where}: labels must be all whole numbers or all text; convert them")
-    ordered = sorted(set(values))
-    number = {value: i for i, value in enumerate(ordered)}
-    return tuple(map(str, ordered)), np.array([number[value] for value in values], np.int64)
+    return numbered(values)
 
 
 def _split(path: Path) -> str:
@@ -325,8 +331,9 @@ def open_hub(name: str) -> Source:
     if not parts:
         raise PatchwordError(f"hub:{name} has no train, validation or test part")
     features = next(iter(parts.values())).features
-    where = Path(f"hub:{name}")
-    image, label = (_hub_column(features, names, where) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
+    where, advice = f"hub:{name}", "choose another data set"
+    image = _column(list(features), IMAGE_COLUMNS, where, advice)
+    label = _column(list(features), LABEL_COLUMNS, where, advice)
     keys: list[str] = []
     values: list[Any] = []
     identities: list[Any] = []
@@ -348,14 +355,4 @@ def open_hub(name: str) -> Source:
         sizes=np.array([len(data) for data in parts.values()], np.int64),
         reader=HubReader(name, parts, image, identities),
         parts=group_parts([key.split("/", 1)[0] for key in keys]),
-    )
-
-
-def _hub_column(features: Any, candidates: Sequence[str], where: Path) -> str:
-    for name in candidates:
-        if name in features:
-            return name
-    raise PatchwordError(
-        f"{where}: no column {' or '.join(candidates)} (it has {', '.join(features)}); "
-        "choose another data set"
     )

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchword.data.images import MODES, BadImage, decode
+from patchword.data.images import MAX_PIXELS, MODES, BadImage, opened
 from patchword.data.randaugment import randaugment
 from patchword.data.seeding import derived_seed
 from patchword.spec.data import AugmentSpec
@@ -51,40 +51,49 @@ class _Cropper:
     """Decodes, cuts a box and resizes it, in one resampling with antialias."""
 
     def __init__(
-        self, image_size: tuple[int, int], channels: int, preprocess: PreprocessSpec, gap: float
+        self,
+        image_size: tuple[int, int],
+        channels: int,
+        preprocess: PreprocessSpec,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if channels not in MODES:
             raise PatchwordError(f"images of {channels} channels; use 1, 3 or 4")
         self.image_size = image_size
         self.channels = channels
         self.preprocess = preprocess
-        self._gap = gap
+        self.max_pixels = max_pixels
 
-    def _cut(self, data: bytes | np.ndarray, choose: Callable[[int, int], Box]) -> Image.Image:
-        """The box that `choose(height, width)` names, as an image of `image_size`."""
-        boxes: list[tuple[tuple[int, int], Box]] = []
-
-        def at_least(height: int, width: int) -> tuple[int, int]:
-            """The size a reduced decode must have for the box to keep `gap` times our pixels."""
-            left, upper, right, lower = box = choose(height, width)
-            boxes.append(((width, height), box))
-            return (
-                math.ceil(self._gap * self.image_size[0] * height / (lower - upper)),
-                math.ceil(self._gap * self.image_size[1] * width / (right - left)),
+    def _cut(
+        self, data: bytes | np.ndarray, choose: Callable[[int, int], Box] | None = None
+    ) -> Image.Image:
+        """The box that `choose(height, width)` names, as an image of `image_size`; without it, what
+        evaluation sees of the image, from a decode that is finer by `EVAL_GAP`."""
+        rows, columns = self.image_size
+        gap = EVAL_GAP if choose is None else 1.0
+        with opened(data, self.channels, self.max_pixels) as picture:
+            height, width = picture.size
+            box = (
+                choose(height, width)
+                if choose
+                else centre_box(height, width, self.image_size, self.preprocess)
             )
-
-        image = decode(data, self.channels, at_least=at_least)
-        ((full, box),) = boxes
-        if image.size != full:  # a reduced decode, by 2, 4 or 8
-            scale = next((s for s in (2, 4, 8) if [-(-n // s) for n in full] == [*image.size]), 0)
-            if not scale:
+            left, upper, right, lower = box
+            image = picture.decoded(
+                (
+                    math.ceil(gap * rows * height / (lower - upper)),
+                    math.ceil(gap * columns * width / (right - left)),
+                )
+            )
+        if image.size != (width, height):  # a reduced decode, by 2, 4 or 8
+            halved = {(-(-width // by), -(-height // by)): by for by in (8, 4, 2)}
+            if image.size not in halved:
                 raise BadImage("not of the size that its header says")
-            left, upper, right, lower = (edge / scale for edge in box)
+            left, upper, right, lower = (edge / halved[image.size] for edge in box)
             box = (left, upper, right, lower)
-        size = (self.image_size[1], self.image_size[0])
-        if image.size == size and box == (0, 0, *size):
+        if image.size == (columns, rows) and box == (0, 0, columns, rows):
             return image
-        return image.resize(size, RESAMPLING[self.preprocess.interpolation], box=box)
+        return image.resize((columns, rows), RESAMPLING[self.preprocess.interpolation], box=box)
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -97,34 +106,21 @@ class EvalTransform(_Cropper):
     """Resize and centre crop (`short`), or resize alone (`stretch`).
 
     `image_size` is (height, width). `short` scales the image so that it just covers `image_size` /
-    `crop_fraction` and keeps the middle.
+    `crop_fraction` and keeps the middle. An image of more than `max_pixels` is bad.
     """
 
     random = False
 
-    def __init__(
-        self, image_size: tuple[int, int], channels: int, preprocess: PreprocessSpec
-    ) -> None:
-        super().__init__(image_size, channels, preprocess, EVAL_GAP)
-
     def __call__(self, data: bytes | np.ndarray, rng: random.Random | None = None) -> np.ndarray:
         """uint8 `[C, H, W]`. Raises `BadImage`."""
-        return _pixels(self._cut(data, self._box))
-
-    def _box(self, height: int, width: int) -> Box:
-        if self.preprocess.resize == "stretch":
-            return (0, 0, width, height)
-        ratio = min(height / self.image_size[0], width / self.image_size[1])
-        ratio *= self.preprocess.crop_fraction
-        h, w = min(height, ratio * self.image_size[0]), min(width, ratio * self.image_size[1])
-        left, upper = (width - w) / 2, (height - h) / 2
-        return (left, upper, left + w, upper + h)
+        return _pixels(self._cut(data))
 
 
 class TrainTransform(_Cropper):
     """Random crop (Szegedy et al., arXiv 1409.4842) and RandAugment; the flip is `BatchAugment`'s.
 
-    With `crop="resize"` the image is cut as in evaluation.
+    With `crop="resize"` the image is cut as in evaluation. An image of more than `max_pixels` is
+    bad.
     """
 
     def __init__(
@@ -133,29 +129,39 @@ class TrainTransform(_Cropper):
         channels: int,
         preprocess: PreprocessSpec,
         augment: AugmentSpec,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        resize = augment.crop == "resize"
-        super().__init__(image_size, channels, preprocess, EVAL_GAP if resize else 1.0)
+        super().__init__(image_size, channels, preprocess, max_pixels)
         if augment.randaugment_layers and channels == 4:
             raise PatchwordError("RandAugment takes images of 1 or 3 channels; switch it off")
         self.augment = augment
-        self.random = not resize or augment.randaugment_layers > 0
-        self._eval_box = EvalTransform(image_size, channels, preprocess)._box
+        self.random = augment.crop == "inception" or augment.randaugment_layers > 0
 
     def __call__(self, data: bytes | np.ndarray, rng: random.Random | None = None) -> np.ndarray:
         """uint8 `[C, H, W]`, a pure function of `data` and `rng`'s state. Raises `BadImage`."""
         spec = self.augment
         if not self.random:
-            return _pixels(self._cut(data, self._eval_box))
+            return _pixels(self._cut(data))
         if rng is None:
             raise TypeError("a random transform needs rng")
-        choose = self._eval_box
-        if spec.crop == "inception":
-            choose = functools.partial(inception_box, spec=spec, rng=rng)
-        image = self._cut(data, choose)
+        inception = functools.partial(inception_box, spec=spec, rng=rng)
+        image = self._cut(data, inception if spec.crop == "inception" else None)
         if spec.randaugment_layers:
             image = randaugment(image, spec.randaugment_layers, spec.randaugment_magnitude, rng)
         return _pixels(image)
+
+
+def centre_box(
+    height: int, width: int, image_size: tuple[int, int], preprocess: PreprocessSpec
+) -> Box:
+    """The middle of an image as `preprocess` cuts it, with the aspect of `image_size`; all of it
+    for `stretch`."""
+    if preprocess.resize == "stretch":
+        return (0, 0, width, height)
+    ratio = min(height / image_size[0], width / image_size[1]) * preprocess.crop_fraction
+    h, w = min(height, ratio * image_size[0]), min(width, ratio * image_size[1])
+    left, upper = (width - w) / 2, (height - h) / 2
+    return (left, upper, left + w, upper + h)
 
 
 def inception_box(height: int, width: int, *, spec: AugmentSpec, rng: random.Random) -> Box:

@@ -1,26 +1,22 @@
-"""Images without labels: a flat folder as a source of one class."""
+"""Images without labels: a flat folder, or files by their names, as a source."""
 
 from __future__ import annotations
 
+import glob
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from patchword.data.sources import (
-    SPLITS,
-    FileReader,
-    Source,
-    class_folders,
-    group_parts,
-    image_files,
-    open_source,
-    parquet_files,
-    short_name,
-)
+from patchword.data.files import class_folders, image_files
+from patchword.data.parquet import parquet_files
+from patchword.data.registry import open_source
+from patchword.data.sources import SPLITS, FileReader, Source, group_parts, short_name
+from patchword.spec.parse import PatchwordError
 
-CLASS = "images"
-"""The one class of images without labels."""
+logger = logging.getLogger("patchword")
 
 
 def open_images(name: str) -> Source:
@@ -40,8 +36,8 @@ def open_images(name: str) -> Source:
     keys = tuple(key for key, _, _ in found)
     return Source(
         name=short_name(path.resolve().name),
-        classes=(CLASS,),
-        labels=np.zeros(len(keys), np.int64),
+        classes=(),
+        labels=np.full(len(keys), -1, np.int64),
         keys=keys,
         sizes=np.array([size for _, _, size in found], np.int64),
         reader=FileReader(str(path), keys),
@@ -65,3 +61,44 @@ def _flat_parts(root: Path) -> dict[str, str]:
     if all(not part and name.lower() in SPLITS for part, name in names):
         return {name: SPLITS[name.lower()] for _, name in names}
     return {}
+
+
+def image_source(paths: Sequence[str]) -> Source:
+    """Image files as a source without labels."""
+    return Source(
+        name="images",
+        classes=(),
+        labels=np.full(len(paths), -1, np.int64),
+        keys=paths,
+        sizes=np.zeros(len(paths), np.int64),
+        reader=FileReader("", paths),
+    )
+
+
+def find_images(patterns: Iterable[str | Path], missing: dict[str, str]) -> list[str]:
+    """The image files that paths, folders and glob patterns name, in that order, each once.
+
+    What names nothing goes into `missing`, with the reason. Raises `PatchwordError` if nothing is
+    found at all.
+    """
+    found: dict[str, None] = {}
+    for pattern in map(str, patterns):
+        there = os.path.exists(pattern)
+        names = [pattern] if there else sorted(glob.glob(pattern, recursive=True))
+        files = [file for name in names for file in _files(name)]
+        if not files:
+            missing[pattern] = "no images there" if names else "no such file"
+            logger.warning("cannot read %s: %s", pattern, missing[pattern])
+        found |= dict.fromkeys(files)
+    if not found:
+        first = next(iter(missing), None)
+        where = "the list is empty" if first is None else f"no images at {first!r}"
+        raise PatchwordError(f"{where}; give files, folders or a pattern")
+    return list(found)
+
+
+def _files(path: str) -> list[str]:
+    """A file itself, or the image files below a folder."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(file for file, _ in image_files(path))

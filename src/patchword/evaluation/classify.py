@@ -23,6 +23,7 @@ from patchword.spec.parse import PatchwordError
 
 BINS = 15
 """Equal-width bins of the expected calibration error (Guo et al. 2017)."""
+SCALARS = ("n", "top1", "top5", "balanced", "loss", "ece", "brier")
 CHUNK = 4096
 """Images of collected logits that are measured at a time."""
 
@@ -85,15 +86,7 @@ class Classification:
 
     def scalars(self) -> dict[str, float]:
         """n, top1, top5, balanced, loss, ece and brier."""
-        return {
-            "n": self.n,
-            "top1": self.top1,
-            "top5": self.top5,
-            "balanced": self.balanced,
-            "loss": self.loss,
-            "ece": self.ece,
-            "brier": self.brier,
-        }
+        return {name: getattr(self, name) for name in SCALARS}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `patchword evaluate --json`: the scalars, per_class and skipped."""
@@ -114,21 +107,8 @@ class Scores:
     """(position in the source, reason) of the images skipped"""
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Per-image quantities of one batch, all `[n]`."""
-
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    loss: Tensor
-    brier: Tensor
-    rank: Tensor
-    indices: Tensor
-
-
 class Classify:
-    """Evaluator of a classifier on a fixed set of batches; implements `types.Evaluator`.
+    """Evaluator of a classifier on a fixed set of batches; implements `Evaluator`.
 
     `batches` starts a fresh pass over the data. `classes` names the model's K classes in the order
     of its logits. `prepare` turns uint8 images `[B, C, H, W]` into the model's float input, on its
@@ -173,7 +153,7 @@ class Classify:
         `PatchwordError` where a logit is not finite, where no image could be read, and where a
         label or the number of logits does not fit the classes.
         """
-        parts: list[_Measured] = []
+        parts: list[dict[str, Tensor]] = []
         bad = self._each(
             forward, lambda part: parts.append(self._measured(part, self._temperature)), progress
         )
@@ -239,7 +219,8 @@ class Classify:
             )
         return Scores(logits, labels, indices)
 
-    def _measured(self, scores: Scores, temperature: float) -> _Measured:
+    def _measured(self, scores: Scores, temperature: float) -> dict[str, Tensor]:
+        """Per-image quantities of one batch, all `[n]`."""
         logits, labels = scores.logits.double(), scores.labels
         # numpy's argmax takes the first of equal values on every platform
         predicted = torch.from_numpy(logits.numpy().argmax(axis=1))
@@ -252,15 +233,15 @@ class Classify:
         else:
             normaliser, probability = _softplus(scaled).sum(dim=1), scaled.sigmoid()
         wanted = torch.zeros_like(probability).scatter_(1, labels[:, None], 1.0)
-        return _Measured(
-            labels=labels,
-            predicted=predicted,
-            confidence=probability.gather(1, predicted[:, None])[:, 0].float(),
-            loss=normaliser - scaled.gather(1, labels[:, None])[:, 0],
-            brier=(probability - wanted).square().sum(dim=1),
-            rank=rank,
-            indices=scores.indices,
-        )
+        return {
+            "labels": labels,
+            "predicted": predicted,
+            "confidence": probability.gather(1, predicted[:, None])[:, 0].float(),
+            "loss": normaliser - scaled.gather(1, labels[:, None])[:, 0],
+            "brier": (probability - wanted).square().sum(dim=1),
+            "rank": rank,
+            "indices": scores.indices,
+        }
 
     def _map(self, labels: Tensor) -> Tensor:
         count = len(self._classes) if self._label_map is None else len(self._label_map)
@@ -272,12 +253,10 @@ class Classify:
             )
         return labels if self._label_map is None else self._label_map[labels]
 
-    def _summarise(self, parts: list[_Measured], bad: dict[int, str]) -> Classification:
-        def column(name: str) -> NDArray[Any]:
-            return torch.cat([vars(part)[name] for part in parts]).numpy()
-
-        labels, predicted, confidence = column("labels"), column("predicted"), column("confidence")
-        rank, n = column("rank"), len(labels)
+    def _summarise(self, parts: list[dict[str, Tensor]], bad: dict[int, str]) -> Classification:
+        columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+        labels, predicted, confidence, loss, brier, rank, indices = columns.values()
+        n = len(labels)
         per_class = _per_class(self._classes, labels, predicted)
         recalls = [row["recall"] for row in per_class.values() if row["n"]]
         return Classification(
@@ -285,15 +264,15 @@ class Classify:
             top1=int((rank == 0).sum()) / n,
             top5=int((rank < 5).sum()) / n,
             balanced=math.fsum(recalls) / len(recalls),
-            loss=math.fsum(column("loss")) / n,
+            loss=math.fsum(loss) / n,
             ece=_calibration_error(labels == predicted, confidence),
-            brier=math.fsum(column("brier")) / n,
+            brier=math.fsum(brier) / n,
             per_class=per_class,
             skipped=len(bad),
             labels=labels,
             predicted=predicted,
             confidence=confidence,
-            indices=column("indices"),
+            indices=indices,
             bad=tuple(sorted(bad.items())),
         )
 

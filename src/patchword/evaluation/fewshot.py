@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,28 +31,27 @@ def fit_least_squares(
     """
     check_labels(features, labels, classes)
     mean, std = moments(features)
-    if len(features) > features.shape[1]:
-        solution = _primal(features, labels, classes, mean, std, l2, bias)
-    else:
-        solution = _dual(features, labels, classes, mean, std, l2, bias)
+
+    def extended(part: Tensor) -> Tensor:
+        """Standardised, with the constant feature last."""
+        return torch.nn.functional.pad((part - mean) / std, (0, 1), value=bias)
+
+    solve = _primal if len(features) > features.shape[1] else _dual
+    solution = solve(features, labels, classes, extended, l2)
     return fold(solution[:, :-1], bias * solution[:, -1], mean, std)
 
 
-def _primal(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    mean: Tensor,
-    std: Tensor,
-    l2: float,
-    bias: float,
-) -> Tensor:
+Extend = Callable[[Tensor], Tensor]
+"""Features to the rows of X."""
+
+
+def _primal(features: Tensor, labels: Tensor, classes: int, extended: Extend, l2: float) -> Tensor:
     """`[K, D + 1]` by (X'X + l2 I) W = X'Y. X is formed in pieces only."""
     size = features.shape[1] + 1
     gram = features.new_zeros(size, size, dtype=torch.float64)
     sums = features.new_zeros(classes, size, dtype=torch.float64)
     for rows, part in chunks(features):
-        part = _extended(part, mean, std, bias)
+        part = extended(part)
         gram.addmm_(part.T, part)
         sums.index_add_(0, labels[rows], part)
     gram.diagonal().add_(l2)
@@ -60,17 +59,9 @@ def _primal(
     return torch.cholesky_solve(targets.T, torch.linalg.cholesky(gram)).T
 
 
-def _dual(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    mean: Tensor,
-    std: Tensor,
-    l2: float,
-    bias: float,
-) -> Tensor:
+def _dual(features: Tensor, labels: Tensor, classes: int, extended: Extend, l2: float) -> Tensor:
     """`[K, D + 1]` by W = X' (XX' + l2 I)^-1 Y."""
-    inputs = _extended(features.double(), mean, std, bias)
+    inputs = extended(features.double())
     gram = inputs @ inputs.T
     gram.diagonal().add_(l2)
     targets = 2 * torch.nn.functional.one_hot(labels, classes).double() - 1
@@ -140,8 +131,3 @@ def few_shot_accuracies(
         )
         for shot, values in found.items()
     }
-
-
-def _extended(part: Tensor, mean: Tensor, std: Tensor, bias: float) -> Tensor:
-    """Standardised, with the constant feature last."""
-    return torch.nn.functional.pad((part - mean) / std, (0, 1), value=bias)

@@ -35,7 +35,7 @@ class Labelled:
 
 
 class Representation:
-    """Evaluator of a self-supervised network; implements `types.Evaluator`.
+    """Evaluator of a self-supervised network; implements `Evaluator`.
 
     `prepare` turns uint8 images `[B, C, H, W]` into the network's float input, on its device.
     `loss(forward, images)` is the objective's mean loss of such a batch. Its random draws are the

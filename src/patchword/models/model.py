@@ -11,6 +11,7 @@ from typing_extensions import TypeVar
 from patchword.spec.batch import Grid, Outputs
 from patchword.spec.model import (
     CalibrationSpec,
+    Loss,
     MixerSpec,
     ModelSpec,
     PreprocessSpec,
@@ -70,13 +71,11 @@ class Model(nn.Module, Generic[Spec]):
     @property
     def temperature(self) -> float:
         """What logits are divided by before they become probabilities; 1 without calibration."""
-        return 1.0 if self.calibration is None else self.calibration.temperature
+        return temperature(self.calibration)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits `[B, K]` to probabilities `[B, K]`, float64: softmax, or for sigmoid models each
-        class by itself, at the model's temperature."""
-        scaled = logits.double() / self.temperature
-        return scaled.softmax(dim=1) if self.spec.probability == "softmax" else scaled.sigmoid()
+        """Logits `[B, K]` to probabilities `[B, K]`, float64, at the model's temperature."""
+        return probabilities(logits, self.spec.probability, self.calibration)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -114,6 +113,18 @@ class Model(nn.Module, Generic[Spec]):
     def macs(self) -> int:
         """Multiply-accumulates of one image's forward pass, of the spec's size."""
         return sum(self.part_macs())
+
+
+def temperature(calibration: CalibrationSpec | None) -> float:
+    """What logits are divided by before they become probabilities; 1 without calibration."""
+    return 1.0 if calibration is None else calibration.temperature
+
+
+def probabilities(logits: Tensor, kind: Loss, calibration: CalibrationSpec | None) -> Tensor:
+    """Logits `[B, K]` to probabilities `[B, K]`, float64: softmax, or with `sigmoid` each class by
+    itself, at the temperature of the calibration."""
+    scaled = logits.double() / temperature(calibration)
+    return scaled.softmax(dim=1) if kind == "softmax" else scaled.sigmoid()
 
 
 def init_head(head: nn.Linear | None) -> None:

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from patchword.data.balance import imbalance
 from patchword.data.splits import Division
-from patchword.data.unlabelled import CLASS
 from patchword.evaluation.probe import Probe
 from patchword.models.model import Model
 from patchword.models.zoo import variant_name
@@ -32,7 +31,7 @@ def say_data(console: Console, data: Data, request: TrainSpec) -> None:
     """The images, and how even their classes are."""
     source, division = data.source, data.division
     parts = ", ".join(f"{len(at):,} {part}" for part, at in division.items() if len(at))
-    what = f"{len(source.classes)} classes" if source.classes != (CLASS,) else "no labels"
+    what = f"{len(source.classes)} classes" if source.labelled else "no labels"
     console.print(f"data {source.name}: {what}, {parts} images", highlight=False)
     if request.self_supervised:
         return

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from patchword.data.sources import Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.data.splits import Division, hold_out
 from patchword.run import folder as runs
 from patchword.run.reporting import report_run
 from patchword.run.settle import assumed
 from patchword.run.train import TrainResult, train_in
-from patchword.session.measuring import evaluate
+from patchword.session.session import Session
 from patchword.spec.parse import PatchwordError, UsageError
 from patchword.spec.train import TrainSpec
 from patchword.training.checkpoint import link, replace_text
@@ -304,7 +305,8 @@ class _Sweep:
         replace_text(path, json.dumps(summary, indent=1))
         result = self.first.result if self.first else None
         if result is None:
-            result = evaluate(first, self.spec.source, split=self.found.split).classification
+            session = Session(first)
+            result = session.measure(self.source, session.part(self.source, self.found.split)[2])
         flags += f" --runs {self.repeats}" if self.repeats > 1 else ""
         model = load_model(self.folder)
         report_run(self.folder, model, self.source, result, self.found.split, flags)

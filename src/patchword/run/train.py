@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from patchword.data.sources import Source, open_source
+from patchword.data.registry import open_source
+from patchword.data.sources import Source
 from patchword.data.splits import Division
 from patchword.data.unlabelled import open_images
 from patchword.evaluation.classify import Classification

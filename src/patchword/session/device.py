@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from patchword.inspection.recorder import Network, twin
 from patchword.spec.parse import PatchwordError
 from patchword.spec.train import Device, Precision
 
@@ -46,9 +47,25 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
+def evaluation_twin(model: Network, device: torch.device | str) -> Network:
+    """A copy of a model in evaluation mode on `device`, which shares the tensors if the model lies
+    there already. The model stays as it is."""
+    place = torch.empty(0, device=device).device  # cuda is cuda:0
+    if all(tensor.device == place for tensor in (*model.parameters(), *model.buffers())):
+        return twin(model)
+    return copy.deepcopy(model).to(device).eval()
+
+
 def default_workers() -> int:
     """Loader processes where the user names no number: one a core, eight at most."""
     return min(8, usable_cores())
+
+
+def eval_workers(asked: int | None, images: int) -> int:
+    """Loader processes for one pass over so many images, where the user may have named a number."""
+    if asked is not None:
+        return asked
+    return default_workers() if images > 256 else 0
 
 
 def usable_cores() -> int:

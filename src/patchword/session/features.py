@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +27,8 @@ from patchword.data.transforms import EvalTransform, to_input
 from patchword.models.model import Model
 from patchword.models.vit import ViT
 from patchword.models.zoo import spec_to_dict
+from patchword.session.device import evaluation_twin
+from patchword.spec.batch import Batch
 from patchword.spec.parse import PatchwordError, UsageError, nearest, to_dict
 from patchword.weights.native import load_tensors, save_tensors
 
@@ -68,6 +70,11 @@ def eval_batch_size(model: Model) -> int:
     return max(16, min(512, 2**22 // math.prod(model.spec.image_size)))
 
 
+def eval_transform(model: Model) -> EvalTransform:
+    """What cuts images for a model as in evaluation."""
+    return EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
+
+
 def extract(
     model: Model,
     source: Source,
@@ -86,9 +93,9 @@ def extract(
     """Features of the images `indices` of `source`, cut as in evaluation (`EvalTransform`), at
     `layer` of the model.
 
-    The model is left as it is, but for where it lies: it is moved to `device` and put into
-    evaluation mode. Memory: the result, 4 N D bytes, and one batch. `progress` is called with
-    (images done, images in all) after each batch.
+    The model stays as it is: a twin in evaluation mode computes, on `device`. Memory: the result,
+    4 N D bytes, and one batch. `progress` is called with (images done, images in all) after each
+    batch.
 
     With `cache`, a folder or True for `cache_folder()`, the result is kept in a file named after
     all that it depends on (`cache_key`), and read from there if it is there, whole and of the right
@@ -117,11 +124,13 @@ def extract(
             if not quiet:
                 logger.info("features of %s images read from %s", f"{len(indices):,}", path)
             return found
-    rows, bad = _compute(
-        model, source, indices, device, batch_size, workers, precision, layer, on_bad, progress
+    transform = eval_transform(model)
+    batches = eval_batches(
+        source, indices, transform, batch_size=batch_size, workers=workers, on_bad=on_bad
     )
+    features = _features_on(model, torch.device(device), PRECISIONS[precision], layer)
+    rows, bad = _compute(features, batches, source, len(indices), progress)
     if path is not None:
-        transform = EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
         unread = [index for index in bad if not _decodes_badly(source, index, transform)]
         _write(path, rows, bad, unread)
     return _features(rows, source, indices, bad, None)
@@ -176,43 +185,45 @@ def cache_key(
     return digest.hexdigest()
 
 
-@torch.no_grad()
+def _features_on(
+    model: Model, device: torch.device, dtype: torch.dtype, layer: Layer
+) -> Callable[[Tensor], Tensor]:
+    """What makes float32 features `[B, D]`, on the CPU, of uint8 images `[B, C, H, W]`."""
+    module = evaluation_twin(model, device)
+    if dtype is not torch.float32:
+        module = copy.deepcopy(module).to(dtype)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        pooled = module.pooled_features(to_input(images.to(device), model.preprocess, dtype))
+        return (module.represent(pooled) if layer == "pre-logits" else pooled).float().cpu()
+
+    return features
+
+
 def _compute(
-    model: Model,
+    features: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
     source: Source,
-    indices: np.ndarray,
-    device: torch.device | str,
-    batch_size: int,
-    workers: int,
-    precision: str,
-    layer: Layer,
-    on_bad: OnBad,
+    total: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """float32 `[len(indices) - bad, D]`, and why images are bad."""
-    module, dtype = model.to(device).eval(), PRECISIONS[precision]
-    if dtype is not torch.float32:
-        module = copy.deepcopy(model).to(dtype)
-    transform = EvalTransform(model.spec.image_size, model.spec.in_channels, model.preprocess)
+    """float32 `[total - bad, D]`, and why images are bad."""
     rows: Tensor | None = None
     done, seen, bad = 0, 0, dict[int, str]()
-    for batch in eval_batches(
-        source, indices, transform, batch_size=batch_size, workers=workers, on_bad=on_bad
-    ):
+    for batch in batches:
         bad.update(batch.bad)
         images = batch.images if batch.mask.all() else batch.images[batch.mask]
         if len(images):
-            inputs = to_input(images.to(device), model.preprocess, dtype)
-            pooled = module.pooled_features(inputs)
-            pooled = (module.represent(pooled) if layer == "pre-logits" else pooled).float().cpu()
+            pooled = features(images)
             _check(pooled, source, batch.indices[batch.mask])
             if rows is None:
-                rows = torch.empty(len(indices), pooled.shape[1])
+                rows = torch.empty(total, pooled.shape[1])
             rows[done : done + len(pooled)] = pooled
             done += len(pooled)
         seen += len(batch.labels)
         if progress is not None:
-            progress(seen, len(indices))
+            progress(seen, total)
     assert rows is not None, "eval_batches raises where no image can be read"
     return rows[:done], bad
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from patchword.spec import ranges
 from patchword.spec.model import Interpolation, PreprocessSpec, Resize
-from patchword.spec.model import require as _require
+from patchword.spec.ranges import Range, check_ranges, may_change, require
 
-
-def may_change(default: Any) -> Any:
-    """A field that a resumed run may change: an undisturbed run computes the same with any."""
-    return field(default=default, metadata={"free": True})
+_MAGNITUDE = Range(lambda value: 0 <= value <= 30, "it must be in [0, 30]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +40,11 @@ class PreprocessOptions:
 class DataSpec:
     """Where the images come from and how they are divided."""
 
-    val_fraction: float = 0.1
+    val_fraction: float = ranges.BELOW_ONE(0.1)
     """held out to choose the best weights, where the data has no val split"""
-    test_fraction: float = 0.1
+    test_fraction: float = ranges.BELOW_ONE(0.1)
     """held out for the final figure, where the data has no split at all"""
-    train_images: int | None = None
+    train_images: int | None = ranges.ONE_OR_MORE(None)
     """train on so many images at most, drawn by the seed, of each class in proportion"""
     on_bad_image: Literal["skip", "fail"] = "skip"
     cache: Literal["auto", "on", "off"] = may_change("auto")
@@ -56,14 +54,8 @@ class DataSpec:
     image by the inverse of its class's frequency"""
 
     def __post_init__(self) -> None:
-        for name in ("val_fraction", "test_fraction"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
-        _require(self.val_fraction + self.test_fraction < 1, "nothing is left to train on")
-        _require(
-            self.train_images is None or self.train_images >= 1,
-            f"train_images is {self.train_images}; use 1 or more",
-        )
+        check_ranges(self)
+        require(self.val_fraction + self.test_fraction < 1, "nothing is left to train on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,39 +70,34 @@ class AugmentSpec:
     crop_aspect: tuple[float, float] = (0.75, 4 / 3)
     flip: bool = True
     """mirror left and right, half of the time"""
-    pad: int = 0
+    pad: int = ranges.NOT_NEGATIVE(0)
     """shift at random by up to this many pixels, zeros (grey) coming in"""
-    rotate: float = 0.0
+    rotate: float = ranges.NOT_NEGATIVE(0.0)
     """largest angle of a random affine map, degrees"""
-    scale: float = 0.0
+    scale: float = ranges.NOT_NEGATIVE(0.0)
     """largest relative change of size, 0.1 = between 0.9 and 1.1"""
-    translate: float = 0.0
+    translate: float = ranges.NOT_NEGATIVE(0.0)
     """largest shift as a share of the image's side"""
-    shear: float = 0.0
+    shear: float = ranges.NOT_NEGATIVE(0.0)
     """largest shear, degrees"""
-    randaugment_layers: int = 0
-    randaugment_magnitude: float = 0.0
+    randaugment_layers: int = ranges.NOT_NEGATIVE(0)
+    randaugment_magnitude: float = Range(lambda value: 0 <= value <= 30, "it must be in [0, 30]")(
+        0.0
+    )
     """0 to 30; 10 is RandAugment's original full scale"""
-    mixup: float = 0.0
+    mixup: float = ranges.NOT_NEGATIVE(0.0)
     """Beta(a, a) parameter, 0 for none"""
-    cutmix: float = 0.0
+    cutmix: float = ranges.NOT_NEGATIVE(0.0)
     """Beta(a, a) parameter, 0 for none; with mixup, each batch draws one of the two"""
-    erasing: float = 0.0
+    erasing: float = ranges.UP_TO_ONE(0.0)
     """probability of erasing a random box of an image"""
 
     def __post_init__(self) -> None:
         low, high = self.crop_area
-        _require(0 < low <= high <= 1, f"crop_area {self.crop_area} must be in (0, 1]")
+        require(0 < low <= high <= 1, f"crop_area {self.crop_area} must be in (0, 1]")
         low, high = self.crop_aspect
-        _require(
+        require(
             0 < low <= high < math.inf, f"crop_aspect {self.crop_aspect} must be positive and rise"
         )
-        for name in (
-            *("pad", "rotate", "scale", "translate", "shear", "mixup", "cutmix"),
-            "randaugment_layers",
-        ):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, f"{name} is {value}; it must be 0 or more and finite")
-        _require(self.scale < 1, f"scale is {self.scale}; it must be below 1")
-        _require(0 <= self.erasing <= 1, f"erasing is {self.erasing}; it must be in [0, 1]")
-        _require(0 <= self.randaugment_magnitude <= 30, "randaugment_magnitude is not in [0, 30]")
+        check_ranges(self)
+        require(self.scale < 1, f"scale is {self.scale}; it must be below 1")

@@ -11,14 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from patchword.spec.parse import UsageError
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `UsageError` with `message` unless `condition` holds."""
-    if not condition:
-        raise UsageError(message)
-
+from patchword.spec import ranges
+from patchword.spec.ranges import check_ranges, require
 
 Pool = Literal["token", "gap", "map", "token+gap"]
 Head = Literal["linear", "mlp"]
@@ -36,8 +30,8 @@ class ModelSpec:
     """What every family has. Sizes in pixels, (height, width)."""
 
     image_size: tuple[int, int] = (224, 224)
-    in_channels: int = 3
-    num_classes: int = 1000
+    in_channels: int = ranges.AT_LEAST_ONE(3)
+    num_classes: int = ranges.ZERO_OR_MORE(1000)
     """0 leaves the head out: the model returns the pooled features."""
     probability: Loss = "softmax"
     """how logits become probabilities, as the model was trained"""
@@ -46,13 +40,7 @@ class ModelSpec:
         for name in ("height", "width"):
             size = self.image_size[name == "width"]
             require(size >= 1, f"image {name} is {size}; it must be at least 1")
-        require(self.in_channels >= 1, f"in_channels is {self.in_channels}; it must be at least 1")
-        require(self.num_classes >= 0, f"num_classes is {self.num_classes}; use 0 or more")
-
-    def check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; it must be at least 1")
+        check_ranges(self)
 
 
 def _check_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
@@ -62,10 +50,6 @@ def _check_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> 
             f"image {axis} {size} is not a multiple of the patch {axis} {patch}; "
             f"use {max(1, round(size / max(patch, 1))) * patch}",
         )
-
-
-def _check_eps(name: str, value: float) -> None:
-    require(value > 0 and math.isfinite(value), f"{name} is {value}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +62,8 @@ class StemSpec:
     alone"""
     width: int = 64
     """channels of the root; stage k puts out 4 * 2^k times as many (k from 0)"""
-    norm_eps: float = 1e-6
-    weight_eps: float = 1e-5
+    norm_eps: float = ranges.POSITIVE(1e-6)
+    weight_eps: float = ranges.POSITIVE(1e-5)
     """added to the standard deviation (`weight_eps_in` is `std`) by which the convolutions' weights
     are divided, or to the variance. The defaults are Google's; timm's are 1e-8 in the variance and
     a `norm_eps` of 1e-5"""
@@ -91,8 +75,7 @@ class StemSpec:
             self.width >= 32 and self.width % 32 == 0,
             f"stem width {self.width} is not a multiple of 32, the groups of its GroupNorm",
         )
-        _check_eps("norm_eps", self.norm_eps)
-        _check_eps("weight_eps", self.weight_eps)
+        check_ranges(self)
 
     @property
     def stride(self) -> int:
@@ -109,10 +92,10 @@ class StemSpec:
 class ViTSpec(ModelSpec):
     """A Vision Transformer (paper section 3.1, table 1), or a hybrid if it has a stem."""
 
-    depth: int
-    width: int
-    mlp_width: int
-    heads: int
+    depth: int = ranges.AT_LEAST_ONE()
+    width: int = ranges.AT_LEAST_ONE()
+    mlp_width: int = ranges.AT_LEAST_ONE()
+    heads: int = ranges.AT_LEAST_ONE()
     patch_size: tuple[int, int]
     """in pixels of the image; a hybrid's patches are `patch_size` / stem.stride map pixels"""
     stem: StemSpec | None = None
@@ -132,25 +115,23 @@ class ViTSpec(ModelSpec):
     at the stem acts in the first layer only; `rotary` always acts in every layer"""
     activation: Activation = "gelu"
     """of the MLP; `gelu_tanh` is the approximation that Google's code uses"""
-    dropout: float = 0.0
+    dropout: float = ranges.BELOW_ONE(0.0)
     """after every dense layer except qkv, and after adding the position embeddings (B.1.1)"""
-    drop_path: float = 0.0
+    drop_path: float = ranges.BELOW_ONE(0.0)
     """stochastic depth: 0 at the first block, rising linearly to this at the last"""
-    patch_dropout: float = 0.0
+    patch_dropout: float = ranges.BELOW_ONE(0.0)
     """share of the patches left out of each image in training (FLIP, arXiv 2212.00794)"""
-    layer_scale: float | None = None
+    layer_scale: float | None = ranges.FINITE(None)
     """initial value of LayerScale, None for none"""
-    registers: int = 0
+    registers: int = ranges.ZERO_OR_MORE(0)
     distillation: Distillation = "none"
     """DeiT's distillation token: its output unused (`token`), or its own head's logits averaged
     with the class token's (`head`)"""
     qk_norm: bool = False
-    norm_eps: float = 1e-6
+    norm_eps: float = ranges.POSITIVE(1e-6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("depth", "width", "mlp_width", "heads")
-        require(self.registers >= 0, f"registers is {self.registers}; use 0 or more")
         require(
             self.width % self.heads == 0,
             f"width {self.width} is not a multiple of heads {self.heads}; change one of them",
@@ -160,16 +141,8 @@ class ViTSpec(ModelSpec):
             f"head_width is {self.head_width}; it must be at least 1, and goes with head mlp",
         )
         _check_patches(self.image_size, self.patch_size)
-        for name in ("dropout", "drop_path", "patch_dropout"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
         self._check_position()
         self._check_tokens()
-        _check_eps("norm_eps", self.norm_eps)
-        require(
-            self.layer_scale is None or math.isfinite(self.layer_scale),
-            f"layer_scale is {self.layer_scale}; it must be finite",
-        )
 
     def _check_position(self) -> None:
         position, width, depth = self.position, self.width, self.width // self.heads
@@ -233,18 +206,15 @@ class ResNetSpec(ModelSpec):
 
     layers: tuple[int, int, int, int]
     """blocks per stage"""
-    width_factor: int = 1
+    width_factor: int = ranges.AT_LEAST_ONE(1)
     """all channels times this: the x3 of BiT-R101x3"""
-    norm_eps: float = 1e-5
-    weight_eps: float = 1e-10
+    norm_eps: float = ranges.POSITIVE(1e-5)
+    weight_eps: float = ranges.POSITIVE(1e-10)
     """added to the variance by whose root the convolutions' weights are divided; timm's is 1e-8"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("width_factor")
         require(all(n >= 1 for n in self.layers), f"layers {self.layers} must be positive")
-        _check_eps("norm_eps", self.norm_eps)
-        _check_eps("weight_eps", self.weight_eps)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -256,23 +226,20 @@ class ResNetSpec(ModelSpec):
 class MixerSpec(ModelSpec):
     """An MLP-Mixer (arXiv 2105.01601)."""
 
-    depth: int
-    width: int
-    tokens_mlp_width: int
+    depth: int = ranges.AT_LEAST_ONE()
+    width: int = ranges.AT_LEAST_ONE()
+    tokens_mlp_width: int = ranges.AT_LEAST_ONE()
     """hidden units of the MLP over the patches"""
-    channels_mlp_width: int
+    channels_mlp_width: int = ranges.AT_LEAST_ONE()
     """hidden units of the MLP over the channels"""
     patch_size: tuple[int, int]
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    drop_path: float = 0.0
-    norm_eps: float = 1e-6
+    drop_path: float = ranges.BELOW_ONE(0.0)
+    norm_eps: float = ranges.POSITIVE(1e-6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("depth", "width", "tokens_mlp_width", "channels_mlp_width")
         _check_patches(self.image_size, self.patch_size)
-        require(0 <= self.drop_path < 1, f"drop_path is {self.drop_path}; it must be in [0, 1)")
-        _check_eps("norm_eps", self.norm_eps)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -294,7 +261,7 @@ class PreprocessSpec:
     resize: Resize = "short"
     """`short`: the short side to image size / crop_fraction, then a centre crop.
     `stretch`: straight to the image size, ignoring the aspect ratio."""
-    crop_fraction: float = 0.875
+    crop_fraction: float = ranges.SHARE(0.875)
 
     def __post_init__(self) -> None:
         require(len(self.mean) == len(self.std) > 0, "mean and std are empty or differ in length")
@@ -303,7 +270,7 @@ class PreprocessSpec:
             all(value > 0 and math.isfinite(value) for value in self.std),
             f"std {self.std} must be positive",
         )
-        require(0 < self.crop_fraction <= 1, "crop_fraction must be in (0, 1]")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +278,7 @@ class CalibrationSpec:
     """How sure a model may be of what it says, measured on images that it was not trained on. It
     travels with the weights."""
 
-    temperature: float
+    temperature: float = ranges.POSITIVE()
     """probabilities are those of the logits divided by this (Guo et al. 2017, arXiv 1706.04599)"""
     measured_on: str
     """the images of the counts below, in words"""
@@ -324,10 +291,7 @@ class CalibrationSpec:
     """those of them whose most probable class is the true one"""
 
     def __post_init__(self) -> None:
-        require(
-            self.temperature > 0 and math.isfinite(self.temperature),
-            f"temperature is {self.temperature}; it must be positive",
-        )
+        check_ranges(self)
         require(self.images >= 1, f"a calibration on {self.images} images says nothing")
         counts = zip(self.right, self.kept, strict=False)
         falling = all(a >= b for a, b in pairwise((self.images, *self.kept)))

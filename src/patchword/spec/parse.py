@@ -143,3 +143,10 @@ def differences(ours: Any, theirs: Any, *, free: bool = True, prefix: str = "") 
         elif a != b:
             found.append(prefix + f.name)
     return found
+
+
+def at_least(name: str, value: float | None, least: int) -> None:
+    """Raises `UsageError` if a number that was given, called `name`, is below the least that makes
+    sense."""
+    if value is not None and value < least:
+        raise UsageError(f"{name} is {value}; use {least} or more")

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from patchword.spec.data import AugmentSpec, DataSpec, PreprocessOptions, may_change
+from patchword.spec import ranges
+from patchword.spec.data import AugmentSpec, DataSpec, PreprocessOptions
 from patchword.spec.model import (
     Activation,
     Distillation,
@@ -20,10 +21,8 @@ from patchword.spec.model import (
     Position,
     PositionAt,
 )
-from patchword.spec.model import (
-    require as _require,
-)
 from patchword.spec.parse import UsageError
+from patchword.spec.ranges import Range, check_ranges, may_change, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,57 +30,44 @@ class OptimSpec:
     """Optimiser, schedule and loss."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
+    lr: float = ranges.NOT_NEGATIVE(1e-3)
     """peak learning rate"""
     rates: tuple[float, ...] = ()
     """learning rates tried for a short while before the run; that with the lowest loss on the val
     part becomes --lr; with --sweep each is tried for a whole run"""
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
-    warmup: float = 0.05
+    warmup: float = ranges.NOT_NEGATIVE(0.05)
     """steps of linear warm-up; below 1, a share of the run"""
-    cooldown: float = 0.0
+    cooldown: float = ranges.NOT_NEGATIVE(0.0)
     """steps of linear decay to zero at the end (rsqrt and constant); below 1, a share"""
-    rsqrt_timescale: int = 10_000
-    final_lr: float = 0.0
-    weight_decay: float = 0.05
+    rsqrt_timescale: int = ranges.ONE_OR_MORE(10_000)
+    final_lr: float = ranges.NOT_NEGATIVE(0.0)
+    weight_decay: float = ranges.NOT_NEGATIVE(0.05)
     """adamw: decoupled, multiplied by the learning rate; sgd: added to the gradient"""
     decay_all: bool = False
     """decay biases, norms, tokens and position tables too"""
-    layer_decay: float = 1.0
+    layer_decay: float = ranges.SHARE(1.0)
     """learning rate of each block relative to the one above it: 0.75 is usual for fine-tuning, 1
     for the same everywhere; a ResNet's stages count as blocks"""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    momentum: float = 0.9
-    clip: float = 1.0
+    beta1: float = ranges.BELOW_ONE(0.9)
+    beta2: float = ranges.BELOW_ONE(0.999)
+    momentum: float = ranges.BELOW_ONE(0.9)
+    clip: float = ranges.NOT_NEGATIVE(1.0)
     """global gradient norm, 0 for no clipping"""
-    parts: int = 1
+    parts: int = ranges.ONE_OR_MORE(1)
     """of a step, computed one after the other, where memory is short; --batch-size is that of the
     whole step, and images are mixed within a part"""
     loss: Loss = "softmax"
-    label_smoothing: float = 0.0
-    average: float = 0.0
+    label_smoothing: float = ranges.BELOW_ONE(0.0)
+    average: float = ranges.BELOW_ONE(0.0)
     """decay of the exponential moving average of the weights, 0 for none (paper: 0.9999); over
     about the last tenth of the steps done at most"""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "warmup", "cooldown", "final_lr", "weight_decay", "clip"):
-            value = getattr(self, name)
-            _require(
-                value >= 0 and math.isfinite(value),
-                f"{name} is {value}; it must be 0 or more and finite",
-            )
-        for name in ("beta1", "beta2", "momentum", "label_smoothing", "average"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} is {value}; it must be in [0, 1)")
-        _require(
-            0 < self.layer_decay <= 1, f"layer_decay is {self.layer_decay}; it must be in (0, 1]"
-        )
-        _require(
+        check_ranges(self)
+        require(
             all(0 < rate < math.inf for rate in self.rates), f"rates {self.rates} must be positive"
         )
-        _require(self.parts >= 1, f"parts is {self.parts}; use 1 or more")
-        _require(self.rsqrt_timescale >= 1, "rsqrt_timescale must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,51 +78,43 @@ class TuneSpec:
     tune: Literal["all", "last", "lora"] = "all"
     """`all` weights; `last`: only the last blocks; `lora`: small matrices added to those of every
     block, which are merged when saved"""
-    last_blocks: int = 2
+    last_blocks: int = ranges.ZERO_OR_MORE(2)
     """with `--tune last`: how many blocks to train, 0 for the head and the last norm alone"""
-    lora_rank: int = 8
+    lora_rank: int = ranges.ONE_OR_MORE(8)
     """with `--tune lora`: rank of what is added to a matrix"""
-    lora_alpha: float = 16.0
+    lora_alpha: float = ranges.POSITIVE(16.0)
     """with `--tune lora`: what is added is multiplied by alpha / rank"""
 
     def __post_init__(self) -> None:
-        _require(self.last_blocks >= 0, f"last_blocks is {self.last_blocks}; use 0 or more")
-        _require(self.lora_rank >= 1, f"lora_rank is {self.lora_rank}; use 1 or more")
-        _require(
-            0 < self.lora_alpha < math.inf, f"lora_alpha is {self.lora_alpha}; it must be positive"
-        )
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSpec:
     """Self-supervision, with --objective masked-patch (section 4.6) or mae (arXiv 2111.06377)."""
 
-    mask_rate: float | None = None
+    mask_rate: float | None = Range(lambda value: 0 < value < 1, "it must be between 0 and 1")(None)
     """share of an image's patches that are corrupted or left out; by default 0.5 for masked-patch
     and 0.75 for mae"""
     predict: Literal["mean", "4x4", "pixels"] = "mean"
     """of masked-patch, from each corrupted patch: its mean colour in 3 bits a channel, 4x4 such
     colours of the down-sized patch, or all its pixels"""
-    decoder_depth: int = 8
+    decoder_depth: int = ranges.ONE_OR_MORE(8)
     """blocks of the decoder of mae"""
-    decoder_width: int = 512
-    decoder_heads: int = 16
-    probe_images: int = 2000
+    decoder_width: int = ranges.ONE_OR_MORE(512)
+    decoder_heads: int = ranges.ONE_OR_MORE(16)
+    probe_images: int = ranges.ZERO_OR_MORE(2000)
     """labelled images at most, of train and of val each, by whose features progress is measured;
     0 for the loss alone"""
 
     def __post_init__(self) -> None:
-        rate, width, heads = self.mask_rate, self.decoder_width, self.decoder_heads
-        _require(rate is None or 0 < rate < 1, f"mask_rate is {rate}; it must be between 0 and 1")
-        for name in ("decoder_depth", "decoder_width", "decoder_heads"):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; use 1 or more")
-        _require(
+        check_ranges(self)
+        width, heads = self.decoder_width, self.decoder_heads
+        require(
             width >= 8 and width % 4 == 0 and width % heads == 0,
             f"decoder_width is {width}; it must be a multiple of 4 and of decoder_heads {heads}, 8 "
             "or more",
         )
-        _require(self.probe_images >= 0, f"probe_images is {self.probe_images}; use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,30 +180,30 @@ class TrainSpec:
     model until training, which starts from a head of zeros (section 3.2), betters it"""
     image_size: tuple[int, ...] | None = None
     """one side, or height and width, in pixels; by default that of --init, else 224"""
-    enlarge: float = 1.0
+    enlarge: float = Range(lambda value: 1 <= value <= 4, "it must be between 1 and 4")(1.0)
     """without --image-size: how many times the resolution of --init is tried beside it; taken if a
     head on frozen features is better there on the val part, and --time allows 5 epochs"""
-    steps: int | None = None
-    epochs: float | None = None
-    images: int | None = None
+    steps: int | None = ranges.ZERO_OR_MORE(None)
+    epochs: float | None = ranges.POSITIVE(None)
+    images: int | None = ranges.POSITIVE(None)
     time: str | None = None
     """length of the run, one of: steps, epochs, images seen, or time such as 30m, 2h, 90s"""
-    batch_size: int = 128
-    seed: int = 0
+    batch_size: int = ranges.ONE_OR_MORE(128)
+    seed: int = Range(lambda value: -(2**63) <= value < 2**63, "it must fit 64 bits")(0)
     device: Device = "auto"
     precision: Precision = "auto"
     """of the training step; master weights and evaluation are float32"""
     compile: bool = False
     deterministic: bool = False
     """only deterministic kernels: bit-exact resume on CUDA"""
-    eval_every: int | None = None
+    eval_every: int | None = ranges.POSITIVE(None)
     """steps between evaluations on the val part; by default ten times a run"""
-    checkpoint_every: int | None = may_change(None)
+    checkpoint_every: int | None = ranges.POSITIVE(None, free=True)
     """steps between checkpoints; by default at every evaluation"""
-    keep: int = may_change(2)
+    keep: int = ranges.ONE_OR_MORE(2, free=True)
     """checkpoints kept, the newest ones; best/ is kept besides"""
-    log_every: int | None = None
-    workers: int | None = may_change(None)
+    log_every: int | None = ranges.POSITIVE(None)
+    workers: int | None = ranges.ZERO_OR_MORE(None, free=True)
     """loader processes; the batches are the same with any number"""
     on_nan: Literal["stop", "rollback"] = may_change("stop")
     on_save_error: Literal["stop", "continue"] = may_change("stop")
@@ -240,20 +218,10 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
-            _require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
-            _require(min(self.image_size) >= 1, f"image_size is {self.image_size}; use 1 or more")
-        _require(1 <= self.enlarge <= 4, f"enlarge is {self.enlarge}; it must be between 1 and 4")
-        for name in ("epochs", "images", "eval_every", "checkpoint_every", "log_every"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive"
-            )
-        _require(self.steps is None or self.steps >= 0, f"steps is {self.steps}; use 0 or more")
-        _require(-(2**63) <= self.seed < 2**63, f"seed is {self.seed}; it must fit 64 bits")
-        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}; use 1 or more")
-        _require(self.keep >= 1, f"keep is {self.keep}; use 1 or more")
-        _require(self.workers is None or self.workers >= 0, "workers must be 0 or more")
-        _require(
+            require(len(self.image_size) in (1, 2), "image_size takes one or two numbers")
+            require(min(self.image_size) >= 1, f"image_size is {self.image_size}; use 1 or more")
+        check_ranges(self)
+        require(
             self.batch_size % self.optim.parts == 0,
             f"batch_size {self.batch_size} is not a multiple of parts {self.optim.parts}",
         )
@@ -262,7 +230,7 @@ class TrainSpec:
         if self.self_supervised:
             self._check_pretraining()
         else:
-            _require(
+            require(
                 self.pretrain == PretrainSpec(),
                 "--mask-rate, --predict, --decoder-... and --probe-images go with --objective "
                 "masked-patch or mae; leave them out, or use another --recipe",
@@ -281,7 +249,7 @@ class TrainSpec:
             "--patch-dropout": bool(self.options.patch_dropout),
         }
         for flag, given in asked.items():
-            _require(
+            require(
                 not given,
                 f"{flag} goes with --objective classification, not {self.objective}; leave it out, "
                 "or use another --recipe",
@@ -312,7 +280,7 @@ def seconds(duration: str) -> float:
         value = float(number) * scale[unit]
     except ValueError:
         value = math.nan
-    _require(value > 0 and math.isfinite(value), f"{duration!r} is no time; write 90s, 30m or 2h")
+    require(value > 0 and math.isfinite(value), f"{duration!r} is no time; write 90s, 30m or 2h")
     return value
 
 

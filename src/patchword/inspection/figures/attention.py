@@ -7,7 +7,6 @@ and columns count from 0.
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -16,11 +15,14 @@ from PIL import Image
 
 from patchword.inspection.figures.drawing import (
     BLUE,
-    FAINT,
     GREY,
     INK,
+    LEGEND,
     VERMILLION,
+    label_bar,
     new_figure,
+    picture,
+    ruled,
     show_image,
     style,
 )
@@ -59,10 +61,9 @@ def draw_attention_distance(
     over = "" if images is None else f" over {images:,} image{'s' * (images != 1)}"
     style(axes, f"Mean attention distance{over}", "layer", "distance (pixels)")
     axes.set_ylim(bottom=0)
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
+    ruled(axes)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    figure.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="outside lower center", ncol=3)
+    figure.legend(**LEGEND, loc="outside lower center", ncol=3)
     return figure
 
 
@@ -86,17 +87,14 @@ def draw_rollout(image: ArrayLike, mask: ArrayLike) -> Figure:
         interpolation="nearest",
         aspect=len(pixels) / pixels.shape[1] * values.shape[1] / values.shape[0],
     )
-    bar = figure.colorbar(drawn, ax=middle, fraction=0.046, pad=0.03)
-    bar.set_label("times the mean", fontsize=7, color=INK)
-    bar.ax.tick_params(labelsize=6.5, colors=INK)
+    label_bar(figure.colorbar(drawn, ax=middle, fraction=0.046, pad=0.03), "times the mean", 7, 6.5)
     low, high = values.min(), values.max()
     bright = (values - low) / (high - low) if high > low else np.ones_like(values)
     bright = DARKEST + (1 - DARKEST) * _resized(bright, pixels.shape[:2])
     overlay.imshow((pixels * bright[..., None]).astype(np.uint8))
-    for axes, title in zip(
-        (original, middle, overlay), ("Image", "Attention rollout", "Overlay"), strict=True
-    ):
-        _picture(axes, title)
+    picture(original, "Image")
+    picture(middle, "Attention rollout")
+    picture(overlay, "Overlay")
     return figure
 
 
@@ -123,7 +121,7 @@ def draw_attention_maps(
     left, right = figure.subplots(1, 2, width_ratios=(1.9, cell * layers))
     left.imshow(pixels, extent=(-0.5, cols - 0.5, rows - 0.5, -0.5), aspect="auto")
     left.set_box_aspect(len(pixels) / pixels.shape[1])
-    _picture(left, f"Image, {rows} x {cols} patches")
+    picture(left, f"Image, {rows} x {cols} patches")
     share = tall / (tall + 0.2)  # of a row's height that is the map's, in axes of heads x layers
     for layer in range(layers):
         for head in range(heads):
@@ -163,8 +161,3 @@ def _resized(mask: NDArray[np.float64], size: tuple[int, ...]) -> NDArray[np.flo
     """A mask at (height, width), bilinear."""
     image = Image.fromarray(mask.astype(np.float32))
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR), dtype=np.float64)
-
-
-def _picture(axes: Axes, title: str) -> None:
-    style(axes, title)
-    axes.set_axis_off()

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -22,6 +23,7 @@ Format = Literal["png", "pdf"]
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B7280"
 ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 INK, FAINT = "#1F2937", "#E5E7EB"
+LEGEND: dict[str, Any] = {"fontsize": 7.5, "frameon": False, "labelcolor": INK}
 DPI = 160
 
 
@@ -40,6 +42,32 @@ def style(axes: Axes, title: str, x_label: str = "", y_label: str = "") -> None:
     axes.tick_params(labelsize=7, colors=INK, length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
+
+
+def picture(axes: Axes, title: str) -> None:
+    """A title, and axes that show nothing but an image."""
+    style(axes, title)
+    axes.set_axis_off()
+
+
+def bare(axes: Axes) -> None:
+    """No ticks and no frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def ruled(*some: Axes) -> None:
+    """Pale lines behind what is drawn."""
+    for axes in some:
+        axes.grid(color=FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def label_bar(bar: Colorbar, label: str, size: float = 8, ticks: float = 7) -> None:
+    """What the colours mean, and the look of a colour bar."""
+    bar.set_label(label, fontsize=size, color=INK)
+    bar.ax.tick_params(labelsize=ticks, colors=INK)
 
 
 def encode(figure: Figure, kind: Format = "png") -> bytes:

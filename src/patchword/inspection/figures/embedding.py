@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from patchword.inspection.figures.drawing import GREY, INK, new_figure, style
+from patchword.inspection.figures.drawing import GREY, INK, label_bar, new_figure, style
 
 
 def draw_filters(components: ArrayLike, explained: ArrayLike, columns: int = 7) -> Figure:
@@ -77,7 +77,5 @@ def draw_position_similarity(
     style(axes, title, "column of the patch" + f"\n{note}" * bool(note), "row of the patch")
     axes.spines[:].set_visible(False)
     extend = "max" if values.max() > limit else "neither"
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend=extend)
-    bar.set_label(unit, fontsize=8, color=INK)
-    bar.ax.tick_params(labelsize=7, colors=INK)
+    label_bar(figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend=extend), unit)
     return figure

@@ -13,13 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 from patchword.inspection.explain import Explanation
 from patchword.inspection.figures.drawing import (
     BLUE,
-    FAINT,
     GREEN,
     GREY,
     INK,
+    LEGEND,
     PURPLE,
     VERMILLION,
+    label_bar,
     new_figure,
+    picture,
+    ruled,
     short,
     show_image,
     style,
@@ -50,12 +53,10 @@ def draw_explanation(image: ArrayLike, explanation: Explanation, label: str) -> 
     wide = 6 // (1 + len(explanation.maps))
     original = figure.add_subplot(grid[0, :wide], anchor="N")
     original.imshow(pixels)
-    style(original, "Image")
-    original.set_axis_off()
+    picture(original, "Image")
     for place, (name, values) in enumerate(explanation.maps.items(), 1):
         axes = figure.add_subplot(grid[0, place * wide : (place + 1) * wide], anchor="N")
-        style(axes, TITLES[name])
-        axes.set_axis_off()
+        picture(axes, TITLES[name])
         _draw_map(figure, axes, pixels, name, values)
     for which, columns, title, doing in (
         ("deletion", slice(0, 3), "Deletion: a small area is good", "taken away"),
@@ -93,8 +94,7 @@ def _draw_map(
     if name == "rollout":
         bar.ax.set_xlim(0, limit)
     bar.ax.xaxis.set_major_locator(MaxNLocator(3))
-    bar.set_label(unit, fontsize=7, color=INK)
-    bar.ax.tick_params(labelsize=6.5, colors=INK)
+    label_bar(bar, unit, 7, 6.5)
 
 
 def _draw_curves(axes: Axes, explanation: Explanation, which: str) -> None:
@@ -109,7 +109,6 @@ def _draw_curves(axes: Axes, explanation: Explanation, which: str) -> None:
     axes.set_ylim(0, 1.02 if top > 0.5 else 1.1 * max(top, 1e-6))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, None, symbol=" %"))
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
+    ruled(axes)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncol": 3}
-    axes.legend(**below, fontsize=7.5, frameon=False, labelcolor=INK, columnspacing=1.2)
+    axes.legend(**below, **LEGEND, columnspacing=1.2)

@@ -22,7 +22,9 @@ from patchword.inspection.figures.drawing import (
     PURPLE,
     SKY,
     VERMILLION,
+    bare,
     new_figure,
+    picture,
     short,
     show_image,
     style,
@@ -56,9 +58,8 @@ def draw_tokens(image: ArrayLike, colours: ArrayLike) -> Figure:
     left.imshow(pixels)
     aspect = ratio * values.shape[1] / values.shape[0]
     right.imshow(values, interpolation="nearest", aspect=aspect)
-    for axes, title in ((left, "Image"), (right, "Patch tokens")):
-        style(axes, title)
-        axes.set_axis_off()
+    picture(left, "Image")
+    picture(right, "Patch tokens")
     return figure
 
 
@@ -92,9 +93,7 @@ def draw_feature_map(
     _points(axes, places, numbers, classes)
     _rings(axes, places[np.asarray(mistakes, dtype=np.int64)], len(rows))
     style(axes, title)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
+    bare(axes)
     left.legend(
         *(axes.get_legend_handles_labels()),
         loc="outside lower center",
@@ -168,9 +167,7 @@ def _neighbours(figure: SubFigure, rows: Sequence[Sequence[Thumbnail]]) -> None:
             axes.set_axis_off()
         for column, (thumbnail, axes) in enumerate(zip(row, places, strict=False)):
             axes.imshow(show_image(thumbnail.image))
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
+            bare(axes)
             colour = INK if thumbnail.right else VERMILLION
             caption = "\n".join(map(short, thumbnail.caption.splitlines()))
             axes.set_xlabel(caption, fontsize=6, color=colour, labelpad=2, parse_math=False)

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from patchword.inspection.figures.drawing import INK, new_figure, show_image
+from patchword.inspection.figures.drawing import INK, bare, new_figure, show_image
 
 ROWS = ("original", "seen", "predicted")
 
@@ -23,9 +23,7 @@ def draw_predictions(original: ArrayLike, seen: ArrayLike, predicted: ArrayLike)
             axes = figure.add_subplot(len(ROWS), count, row * count + column + 1)
             pixels = (image * 255).round().clip(0, 255).astype(np.uint8)
             axes.imshow(show_image(pixels), interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
+            bare(axes)
             if column == 0:
                 axes.set_ylabel(name, fontsize=8, color=INK)
     return figure

@@ -16,8 +16,11 @@ from patchword.inspection.figures.drawing import (
     FAINT,
     GREY,
     INK,
+    LEGEND,
     VERMILLION,
+    label_bar,
     new_figure,
+    ruled,
     short,
     style,
 )
@@ -63,7 +66,7 @@ def draw_curves(
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     if len(series) + (mark is not None) > 1:
-        axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
+        axes.legend(**LEGEND)
     return figure
 
 
@@ -110,9 +113,8 @@ def draw_confusion(matrix: ArrayLike, names: Sequence[str]) -> Figure:
             axes.text(column, row, text, ha="center", va="center", fontsize=font, color=colour)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-    bar.set_label("share of the true class", fontsize=8, color=INK)
+    label_bar(bar, "share of the true class")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, 0, symbol=" %"))
-    bar.ax.tick_params(labelsize=7, colors=INK)
     return figure
 
 
@@ -144,16 +146,14 @@ def draw_reliability(
     )
     upper.set_ylim(0, 1)
     style(upper, f"Reliability, ECE {100 * ece:.2f} %", "", "accuracy")
-    figure.legend(fontsize=7.5, frameon=False, loc="outside lower center", ncol=3, labelcolor=INK)
+    figure.legend(**LEGEND, loc="outside lower center", ncol=3)
     lower.bar(centres, numbers, widths * 0.92, color=GREY)
     lower.set_xlim(0, 1)
     style(lower, "", "confidence (probability of the predicted class)", "images")
     lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     upper.yaxis.set_major_formatter(PercentFormatter(1.0, 0, symbol=" %"))
     lower.xaxis.set_major_formatter(PercentFormatter(1.0, 0, symbol=" %"))
-    for axes in (upper, lower):
-        axes.grid(color=FAINT, linewidth=0.8)
-        axes.set_axisbelow(True)
+    ruled(upper, lower)
     return figure
 
 
