@@ -347,15 +347,21 @@ def test_convert_stores_the_names_of_the_classes(
 
 
 def test_convert_says_when_a_file_does_not_tell_all(
-    command: Command, weights: Path, tmp_path: Path
+    command: Command, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """The difference is that of the model as others would read it."""
+    """The difference is that of the model as others read it who know what the log says."""
     several = save_model(
         create_model("ViT-mu/8", 0, 16, width=64, heads=8), tmp_path / "several.safetensors"
     )
-    code, out, _ = command("convert", several, tmp_path / "t.pth", "--format", "timm", "--json")
+    words = ("convert", several, tmp_path / "t.pth", "--format", "timm")
+    code, out, _ = command(*words, "--json")
     assert code == 0
-    assert json.loads(out)["worst_logit_difference"] > 1e-3
+    assert json.loads(out)["worst_logit_difference"] < 1e-5
+    assert json.loads(out)["read_with"] == {"heads": 8}
+    assert "t.pth does not tell heads=8; say so when loading it" in caplog.text
+    code, out, _ = command(*words, "--overwrite")
+    assert code == 0
+    assert out.splitlines()[2].endswith(", read with heads=8")
 
 
 def test_convert_writes_nothing_unasked(command: Command, weights: Path, tmp_path: Path):

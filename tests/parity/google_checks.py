@@ -16,16 +16,16 @@ from torch import nn
 from patchword.models.model import Model
 from patchword.models.zoo import build_model
 from patchword.weights import mapping
-from patchword.weights.mapping import Found
+from patchword.weights.mapping import Reading
 
 
-def find(module: ModuleType, params: Params, **hints: Any) -> Found:
+def find(module: ModuleType, params: Params, **hints: Any) -> Reading:
     shapes = {name: value.shape for name, value in params.items()}
     assert module.recognises(shapes, {})
     return module.find(shapes, {}, hints)
 
 
-def build(params: Params, found: Found) -> Model:
+def build(params: Params, found: Reading) -> Model:
     """The found model with the file's weights, in float32."""
     tensors = {name: torch.from_numpy(value).float() for name, value in params.items()}
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -61,7 +61,7 @@ def check_logits(model: Model, expected: Array, x: Array, double: float = 1e-9) 
 
 
 def check_gradients(
-    model: Model, found: Found, forward: Any, params: Params, names: list[str], x: Array
+    model: Model, found: Reading, forward: Any, params: Params, names: list[str], x: Array
 ) -> None:
     """The gradients of a loss by two entries of each of their tensors: ours, carried over by the
     rules, against finite differences of the reference. The model is in float64."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patchword.models.model import Model
 from patchword.models.zoo import build_model
 from patchword.weights import mapping
-from patchword.weights.mapping import Found, Written
+from patchword.weights.mapping import Reading, Written
 from peers import define_torchvision_operators
 
 define_torchvision_operators()
@@ -40,14 +40,14 @@ def from_timm(architecture: str, **arguments: Any) -> nn.Module:
 
 def find(
     module: ModuleType, tensors: Mapping[str, Tensor], config: Any = None, **hints: Any
-) -> Found:
+) -> Reading:
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     config = json.loads(json.dumps(config or {}))
     assert module.recognises(shapes, config)
     return module.find(shapes, config, hints)
 
 
-def build(tensors: Mapping[str, Tensor], found: Found) -> Model:
+def build(tensors: Mapping[str, Tensor], found: Reading) -> Model:
     """The found model with their tensors."""
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     ours = mapping.read(lambda name: tensors[name], shapes, found, "model.safetensors")
@@ -76,7 +76,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return dict(zip(["images", *values], found, strict=True)) | {"logits": out.detach()}
 
 
-def check_gradients(theirs: nn.Module, found: Found, x: Tensor) -> None:
+def check_gradients(theirs: nn.Module, found: Reading, x: Tensor) -> None:
     """In float64, where no activation falls on the other side of a ReLU's corner by rounding. Of
     the parameters, those that one rule takes to one of ours."""
     ours = build(theirs.double().state_dict(), found)
@@ -101,7 +101,7 @@ def check(
     config: Any = None,
     tolerance: float = 1e-5,
     **hints: Any,
-) -> tuple[Model, Found]:
+) -> tuple[Model, Reading]:
     """Reads a model of theirs, compares, writes it, and compares what they make of that;
     `tolerance` is of float32 logits, largest difference over largest value."""
     tensors = theirs.state_dict()

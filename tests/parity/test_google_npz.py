@@ -379,7 +379,7 @@ def test_what_the_format_cannot_mean_is_not_written(changes: dict[str, Any]) -> 
 def test_a_bit_resnet_is_not_written() -> None:
     with torch.device("meta"):
         model = build_model(ResNetSpec(layers=(1, 1, 1, 1)))
-    with pytest.raises(PatchwordError, match="ViTs, hybrids and Mixers"):
+    with pytest.raises(PatchwordError, match="no place for a ResNet"):
         google_npz.write(model)
 
 

@@ -84,7 +84,7 @@ class CheckArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertArguments:
-    """Write weights in another format, and compare what the model says before and after."""
+    """Write weights in another format; fail unless the model says the same before and after."""
 
     source: Annotated[Positional[str], tyro.conf.arg(metavar="IN")]
     """a run directory, a weight file or folder of any format, hub:ORG/NAME, or a name that

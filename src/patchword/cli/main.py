@@ -204,7 +204,7 @@ def convert(arguments: Sequence[str]) -> int:
     from patchword.commands import converting
 
     done = converting.convert(**{name: x for name, x in vars(args).items() if name != "json"})
-    shown = {name: getattr(done, name) for name in ("found", "written", "parity")}
+    shown = {"found": done.source, "written": done.written, "parity": done.parity}
     return _give(args.json, done.to_dict(), tables.say_pairs, shown, 9)
 
 

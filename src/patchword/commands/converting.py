@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchword.data.class_names import ClassNames
-from patchword.weights.load import WeightsFile, describe_weights, load_model
-from patchword.weights.save import save_model
+from patchword.models.model import Model
+from patchword.spec.parse import PatchwordError
+from patchword.weights.formats import FORMATS, WeightFormat
+from patchword.weights.load import (
+    WeightsFile,
+    assembled,
+    describe_weights,
+    load_model,
+    read_weights,
+)
+from patchword.weights.save import saving, untold
 
 IMAGES = 4
+ARCHITECTURE = ("heads", "activation")
+"""What a reader of a lone state dict has to know, as it has to know the library's model; the eps of
+the norms is what the library has."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was found, what was written, and how far the two are apart."""
+    """What was read, what was written, and how far the two are apart."""
 
-    found: WeightsFile
+    source: WeightsFile
     written: WeightsFile
     difference: float
     """largest absolute difference of the logits (of the features, without a head) on `IMAGES`
     images of normal noise, between the model before and after writing and reading it"""
     scale: float
     """largest absolute logit of the model before"""
+    told: dict[str, Any]
+    """what the file does not tell of the architecture, and its reader was told"""
 
     @property
     def parity(self) -> str:
         """The difference, on a line."""
+        told = ", ".join(f"{name}={value}" for name, value in self.told.items())
         return (
             f"worst logit difference {self.difference:.3g} on {IMAGES} random images, of logits up "
-            f"to {self.scale:.3g}"
+            f"to {self.scale:.3g}{told and f', read with {told}'}"
+        )
+
+    def check(self, tolerance: float) -> None:
+        """Raises `PatchwordError` unless the logits agree, relative to the largest."""
+        if self.difference <= tolerance * self.scale:  # false of NaN
+            return
+        raise PatchwordError(
+            f"{self.written.path} is not kept: {self.parity}, which is more than {tolerance:g} of "
+            "them; write another format, such as patchword's own"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of `patchword convert --json`."""
         return {
-            "found": _row(self.found),
+            "found": _row(self.source),
             "written": _row(self.written),
             "worst_logit_difference": self.difference,
             "largest_logit": self.scale,
+            "read_with": self.told,
         }
 
 
@@ -69,20 +94,33 @@ def convert(
     """Write the weights of `source`, anything that `load_model` takes, to `out` in a format, with
     `classes` as the names of the classes.
 
-    Raises `PatchwordError` if they cannot be read, the format cannot hold them, or `out` exists and
-    `overwrite` is not set; `UsageError` on unknown formats.
+    Raises `PatchwordError` if they cannot be read, the format cannot hold them, `out` exists and
+    `overwrite` is not set, or what was written gives other logits by more than
+    `WeightFormat.tolerance`: then `out` stays as it was; `UsageError` on unknown formats.
     """
-    found = describe_weights(source, trust_pickle=trust_pickle)
-    before = load_model(source, trust_pickle=trust_pickle, classes=classes)
-    path = save_model(before, out, format=format, overwrite=overwrite)
-    spec = before.spec
+    file = describe_weights(source, trust_pickle=trust_pickle)
+    model = load_model(source, trust_pickle=trust_pickle, classes=classes)
+    spec, tolerances = model.spec, {known.name: known.tolerance for known in FORMATS}
+    tolerance = tolerances.get(format, WeightFormat.tolerance)
     images = torch.randn(
         IMAGES, spec.in_channels, *spec.image_size, generator=torch.Generator().manual_seed(0)
     )
-    with torch.inference_mode():
-        wanted = before(images)
-        del before
-        after = load_model(path, image_size=spec.image_size, trust_pickle=True)
-        difference = (after(images) - wanted).abs().max().item()
-    written = describe_weights(path, trust_pickle=True, image_size=spec.image_size)
-    return Conversion(found, written, difference, wanted.abs().max().item())
+    with saving(model, out, format=format, overwrite=overwrite) as place, torch.inference_mode():
+        before = model(images)
+        written = describe_weights(place, trust_pickle=True, image_size=spec.image_size)
+        told = {k: v for k, v in untold(spec, written.spec).items() if k in ARCHITECTURE}
+        after = _read(place, spec.image_size, told)(images)
+        conversion = Conversion(
+            source=file,
+            written=replace(written, path=Path(out)),
+            difference=(after - before).abs().max().item(),
+            scale=before.abs().max().item(),
+            told=told,
+        )
+        conversion.check(tolerance)
+    return conversion
+
+
+def _read(path: Path, image_size: tuple[int, int], told: dict[str, Any]) -> Model:
+    tensors, file = read_weights(path, trust_pickle=True, image_size=image_size, **told)
+    return assembled(tensors, file, file.spec, quiet=True).eval()

@@ -8,8 +8,8 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,11 @@ DTYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Container:
-    """The tensors of a file or folder, not yet read, and what lies next to them."""
+class Container(Contents):
+    """The tensors of a file or folder, and what lies next to them."""
 
     path: Path
-    shapes: dict[str, tuple[int, ...]]
-    tensor: Callable[[str], Tensor]
-    """one by name, of the dtype it is stored in; raises `PatchwordError` if it cannot be read"""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """of a safetensors header"""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]
     """`config.json` and, under "preprocessor", `preprocessor_config.json`"""
 
 
@@ -83,22 +78,15 @@ def open_container(path: str | Path, *, trust_pickle: bool = False) -> Container
     A pickle is read only with `trust_pickle`, and then tensors only. Raises `PatchwordError` if
     there is none of these, or it is damaged, or claims more than it can hold.
     """
-    given = Path(path)
     hub = _on_the_hub(str(path))
-    if hub is not None:
-        given = download(hub, trust_pickle=trust_pickle)
-    found = find_weights(given)
-    contents = _contents(found, trust_pickle)
+    place = Path(path) if hub is None else download(hub, trust_pickle=trust_pickle)
+    file = find_weights(place)
+    contents = _contents(file, trust_pickle)
     if not contents.shapes:
-        raise PatchwordError(f"{found} holds no tensors; use another file")
-    beside = given if given.is_dir() else found.parent if found.name in STANDARD else None
-    return Container(
-        path=found,
-        shapes=contents.shapes,
-        tensor=contents.tensor,
-        metadata=contents.metadata,
-        config={} if beside is None or KEY in contents.metadata else _configs(beside),
-    )
+        raise PatchwordError(f"{file} holds no tensors; use another file")
+    beside = place if place.is_dir() else file.parent if file.name in STANDARD else None
+    config = {} if beside is None or KEY in contents.metadata else _configs(beside)
+    return Container(**vars(contents), path=file, config=config)
 
 
 def _on_the_hub(path: str) -> str | None:
@@ -195,10 +183,10 @@ def open_safetensors(path: Path) -> Contents:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("it names something twice")
-    return found
+    return entries
 
 
 def _open_shards(index: Path) -> Contents:
@@ -312,20 +300,20 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 def _configs(folder: Path) -> dict[str, Any]:
     config, preprocessor = folder / CONFIG, folder / PREPROCESSOR
-    found = _json(config) if config.is_file() else {}
-    return found | ({"preprocessor": _json(preprocessor)} if preprocessor.is_file() else {})
+    values = _json(config) if config.is_file() else {}
+    return values | ({"preprocessor": _json(preprocessor)} if preprocessor.is_file() else {})
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST_JSON:
             raise ValueError(f"it is longer than {LONGEST_JSON:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PatchwordError(f"{path} cannot be read: {error}; use another copy") from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise PatchwordError(f"{path} holds no JSON object; use another copy")
-    return found
+    return values
 
 
 def download(name: str, *, trust_pickle: bool = False) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -28,8 +27,8 @@ from patchword.spec.model import (
 from patchword.spec.parse import PatchwordError, UsageError, parse, to_dict
 from patchword.weights import mapping
 from patchword.weights.files import KEY, Container, open_container
-from patchword.weights.formats import Format, recognise
-from patchword.weights.mapping import Found
+from patchword.weights.formats import WeightFormat, recognise
+from patchword.weights.mapping import Reading
 from patchword.weights.native import load_tensors, read_header
 
 logger = logging.getLogger("patchword")
@@ -85,13 +84,13 @@ def read_weights(
     container = open_container(path, trust_pickle=trust_pickle)
     where = container.path
     ours = load_tensors(where)[0] if KEY in container.metadata else {}
-    file, found = _described(container, hints)
-    if found is None:
+    file, reading = _described(container, hints)
+    if reading is None:
         return {name: _checked(value, f"{where}: {name}") for name, value in ours.items()}, file
     return mapping.read(
         lambda name: _checked(container.tensor(name), f"{where}: {name}"),
         container.shapes,
-        found,
+        reading,
         str(where),
     ), file
 
@@ -105,26 +104,26 @@ def _checked(value: Tensor, what: str) -> Tensor:
     return value
 
 
-def _described(container: Container, hints: dict[str, Any]) -> tuple[WeightsFile, Found | None]:
-    """The description, and for a foreign format what it found."""
+def _described(container: Container, hints: dict[str, Any]) -> tuple[WeightsFile, Reading | None]:
+    """The description, and for a foreign format how it is read."""
     if KEY in container.metadata:
         said = [name for name in hints if name != "image_size"]
         if said:
             raise UsageError(f"{container.path} itself says its {', '.join(said)}; leave that out")
-        file, found = _native(container), None
+        file, reading = _native(container), None
     else:
-        known, found = _foreign(container, hints)
-        fits = len(found.classes) in (0, found.spec.num_classes)
+        known, reading = _foreign(container, hints)
+        fits = len(reading.classes) in (0, reading.spec.num_classes)
         file = WeightsFile(
             path=container.path,
-            spec=found.spec,
-            preprocess=found.preprocess,
-            classes=found.classes if fits else (),
+            spec=reading.spec,
+            preprocess=reading.preprocess,
+            classes=reading.classes if fits else (),
             format=known.name,
-            notes=found.notes,
+            notes=reading.notes,
         )
     _check_honest(file.spec, container)
-    return file, found
+    return file, reading
 
 
 def _native(container: Container) -> WeightsFile:
@@ -149,15 +148,13 @@ def _native(container: Container) -> WeightsFile:
         raise PatchwordError(f"{path} is damaged or newer than this patchword: {error}") from None
 
 
-def _foreign(container: Container, hints: dict[str, Any]) -> tuple[Format, Found]:
+def _foreign(container: Container, hints: dict[str, Any]) -> tuple[WeightFormat, Reading]:
     path, shapes, config = container.path, container.shapes, container.config
-    firm = {name: value for name, value in hints.items() if name != "image_size"}
     try:
         known = recognise(shapes, config, str(path))
-        found = known.find(shapes, config, hints)
-        spec = parse(type(found.spec), to_dict(found.spec) | firm)
+        return known, known.find(shapes, config, hints)
     except PatchwordError as error:
-        if firm and isinstance(error, UsageError):
+        if hints.keys() - {"image_size"} and isinstance(error, UsageError):
             raise
         said = str(error)
         raise PatchwordError(said if str(path) in said else f"{path}: {said}") from None
@@ -166,7 +163,6 @@ def _foreign(container: Container, hints: dict[str, Any]) -> tuple[Format, Found
             f"{path}: its tensors or its config.json make no sense ({type(error).__name__}: "
             f"{error}); use another copy"
         ) from None
-    return known, dataclasses.replace(found, spec=spec)
 
 
 def _check_honest(spec: ModelSpec, container: Container) -> None:
@@ -212,8 +208,8 @@ def load_model(
     """
     names = None if classes is None else read_class_names(classes)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    given = hints if size is None else hints | {"image_size": size}
-    tensors, file = read_weights(path, trust_pickle=trust_pickle, **given)
+    hints |= {} if size is None else {"image_size": size}
+    tensors, file = read_weights(path, trust_pickle=trust_pickle, **hints)
     _say_found(file)
     if names is not None and len(names) != file.spec.num_classes:
         what = classes if isinstance(classes, str | Path) else "classes"
@@ -222,7 +218,7 @@ def load_model(
             "name for each, in the model's order"
         )
     spec = resized(file.spec, size or file.spec.image_size)
-    model = _assembled(tensors, file, spec, classes=file.classes if names is None else names)
+    model = assembled(tensors, file, spec, classes=file.classes if names is None else names)
     model.calibration = file.calibration
     if file.calibration is not None and spec.image_size != file.spec.image_size:
         logger.warning(
@@ -255,7 +251,7 @@ def transfer(
     head = {"head": "linear", "head_width": None} if isinstance(file.spec, ViTSpec) else {}
     values = to_dict(resized(file.spec, image_size)) | head | {"num_classes": num_classes}
     spec = parse(type(file.spec), values | options)
-    model = _assembled(tensors, file, spec, fresh_head=True, quiet=quiet)
+    model = assembled(tensors, file, spec, fresh_head=True, quiet=quiet)
     return model.requires_grad_(True)
 
 
@@ -279,7 +275,7 @@ def say_resampled(path: Path, old: ModelSpec, new: ModelSpec) -> None:
         )
 
 
-def _assembled(
+def assembled(
     tensors: dict[str, Tensor],
     file: WeightsFile,
     spec: ModelSpec,
@@ -324,13 +320,13 @@ def _fresh_head(model: Model) -> dict[str, Tensor]:
 
 def _check_fit(tensors: Mapping[str, Tensor], model: Model, path: Path) -> None:
     """Raises `PatchwordError` unless names and shapes are the model's."""
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in tensors.items()}
-    problems = [f"{name} is missing" for name in wanted.keys() - given.keys()]
-    problems += [f"{name} is unexpected" for name in given.keys() - wanted.keys()]
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
+    problems += [f"{name} is unexpected" for name in shapes.keys() - expected.keys()]
     problems += [
-        f"{name} is {list(given[name])}, not {list(wanted[name])}"
-        for name in wanted.keys() & given.keys()
-        if wanted[name] != given[name]
+        f"{name} is {list(shapes[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if shapes.get(name, shape) != shape
     ]
     mapping.fail_if(sorted(problems), str(path))

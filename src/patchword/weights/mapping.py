@@ -6,8 +6,6 @@ directions, so what a format reads it also writes.
 
 from __future__ import annotations
 
-import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +16,8 @@ from torch import Tensor
 
 from patchword.spec.model import ModelSpec, PreprocessSpec
 from patchword.spec.parse import PatchwordError
+from patchword.weights.shapes import Shapes
 
-logger = logging.getLogger("patchword")
-
-Shapes = Mapping[str, tuple[int, ...]]
-Config = Mapping[str, Any]
 Tensors = list[Tensor]
 
 
@@ -159,7 +154,7 @@ def stacked(rules: Iterable[Rule], count: int) -> list[Rule]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Reading:
     """What a format made of a file's names, shapes and configuration."""
 
     spec: ModelSpec
@@ -184,24 +179,24 @@ class Written:
 
 
 def read(
-    tensor: Callable[[str], Tensor], shapes: Shapes, found: Found, where: str
+    tensor: Callable[[str], Tensor], shapes: Shapes, reading: Reading, where: str
 ) -> dict[str, Tensor]:
     """Our tensors from theirs; `tensor` gives one by name, `where` names the file in errors.
 
     Raises `PatchwordError` where tensors are missing, unexpected or misshapen for a rule; the first
     few are named, the rest counted.
     """
-    expected = {name for r in found.rules for name in r.theirs}
+    expected = {name for r in reading.rules for name in r.theirs}
     leftover = [
         name
         for name in shapes
-        if name not in expected and not any(re.fullmatch(p, name) for p in found.ignored)
+        if name not in expected and not any(re.fullmatch(p, name) for p in reading.ignored)
     ]
     problems = [f"{name} is missing" for name in sorted(expected - shapes.keys())]
     problems += [f"{name} is unexpected" for name in sorted(leftover)]
     fail_if(problems, where)
     ours: dict[str, Tensor] = {}
-    for r in found.rules:
+    for r in reading.rules:
         theirs = [tensor(name) for name in r.theirs]
         try:
             values = [value.contiguous() for value in r.op.read(theirs)]
@@ -227,70 +222,8 @@ def write(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Ten
     return {name: value.detach().contiguous() for name, value in theirs.items()}
 
 
-def warn_eps(library: str, norm: str, ours: float, theirs: float) -> None:
-    """Says that a format has another eps in its norms than a model that is written in it."""
-    if ours != theirs:
-        logger.warning(
-            "%s's %s has eps %g, the model %g: its outputs will differ a little",
-            *(library, norm, theirs, ours),
-        )
-
-
 def fail_if(problems: list[str], where: str, end: str = "") -> None:
     """Raises `PatchwordError` with the first three of `problems` and the number of the others."""
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise PatchwordError(f"{where}: {', '.join(problems[:3])}{more}{end}")
-
-
-# What shapes tell ---------------------------------------------------------------------------------
-
-
-def count(shapes: Shapes, pattern: str) -> int:
-    """One more than the largest number that `pattern`'s group matches among the names; 0 for none.
-
-    `count(shapes, r"blocks\\.(\\d+)\\.")` is the depth. Raises `PatchwordError` if a number is
-    larger than there are tensors."""
-    largest = 0
-    for name in shapes:
-        match = re.match(pattern, name)
-        if match:
-            if len(match[1]) > 6 or int(match[1]) > len(shapes):
-                raise PatchwordError(
-                    f"the number in the tensor name {name[:100]!r} is larger than there are "
-                    "tensors; the file is incomplete or damaged"
-                )
-            largest = max(largest, int(match[1]) + 1)
-    return largest
-
-
-def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of a tensor that tells the architecture. Raises `PatchwordError` if it is missing
-    or has another number of axes."""
-    shape = shapes.get(name)
-    if shape is None or len(shape) != axes:
-        what = "is missing" if shape is None else f"is {list(shape)}, not of {axes} axes"
-        raise PatchwordError(f"the tensor {name} {what}; the file is incomplete or damaged")
-    return tuple(shape)
-
-
-HEADS = {1280: 16, 1408: 16, 1664: 16, 1152: 16}
-"""Heads of the widths whose heads are not 64 wide: H, g, G, So400m (table 1)."""
-
-
-def guess_heads(width: int) -> int:
-    """The heads of a published model of this width: the tensors do not tell them."""
-    return HEADS.get(width, max(1, width // 64))
-
-
-def square_grid(entries: int, patch: tuple[int, int], where: str) -> tuple[int, int]:
-    """The image size whose square grid of patches a position table of `entries` patches is for.
-
-    Raises `PatchwordError` if no square grid has so many."""
-    side = math.isqrt(entries)
-    if side * side != entries:
-        raise PatchwordError(
-            f"{where}: a position table of {entries} patches is for no square image; say which "
-            "with image_size=(height, width)"
-        )
-    return (side * patch[0], side * patch[1])

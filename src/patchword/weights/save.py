@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from patchword.models.model import Model
+from patchword.spec.model import ModelSpec
 from patchword.spec.parse import PatchwordError, UsageError, nearest
 from patchword.weights.files import CONFIG, PREPROCESSOR, SINGLE, open_container
-from patchword.weights.formats import FORMATS, Format
+from patchword.weights.formats import FORMATS
 from patchword.weights.load import describe_weights
 from patchword.weights.mapping import Written
 from patchword.weights.native import load_tensors, sync, write_model, write_safetensors
@@ -47,29 +48,27 @@ def save_model(
     are. Raises `PatchwordError` if `path` exists and `overwrite` is not set, or the format cannot
     hold the model; `UsageError` on unknown formats and names of files.
     """
+    with saving(model, path, format=format, overwrite=overwrite, **extra):
+        return Path(path)
+
+
+@contextmanager
+def saving(
+    model: Model, path: str | Path, *, format: str, overwrite: bool, **extra: Any
+) -> Iterator[Path]:
+    """`save_model`, with the place of what was written and read back: it becomes `path` when the
+    block ends, and nothing does if the block raises."""
     path = Path(path)
-    if format != "patchword":
-        if extra:
-            raise UsageError(
-                f"the format {format} has no place for {', '.join(extra)}; leave it out"
-            )
-        _save_foreign(model, path, format, overwrite)
-        return path
-    _make_way(path, False, overwrite)
-    with _replacing(path) as temporary:
-        write_model(temporary, model, **extra)
-        load_tensors(temporary)
-    return path
-
-
-def _save_foreign(model: Model, path: Path, format: str, overwrite: bool) -> None:
-    known = next((f for f in FORMATS if f.name == format), None)
-    if known is None or known.write is None:
-        raise UsageError(
-            f"patchword writes no format {format!r}{nearest(format, writable_formats())}"
-        )
-    written = known.write(model)
-    folder = _is_folder(known, written, path)
+    if format == "patchword":
+        _make_way(path, False, overwrite)
+        with _replacing(path) as temporary:
+            write_model(temporary, model, **extra)
+            load_tensors(temporary)
+            yield temporary
+        return
+    if extra:
+        raise UsageError(f"the format {format} has no place for {', '.join(extra)}; leave it out")
+    written, folder = _foreign(model, path, format)
     _make_way(path, folder, overwrite)
     tensors = {name: value.cpu().float() for name, value in written.tensors.items()}
     with _replacing(path) as temporary:
@@ -79,22 +78,31 @@ def _save_foreign(model: Model, path: Path, format: str, overwrite: bool) -> Non
             _write_file(temporary, path.suffix, tensors)
         _compare(temporary, tensors)
         _say_untold(model, temporary, path)
+        del written, tensors  # they take as much memory as the model
+        yield temporary
+
+
+def _foreign(model: Model, path: Path, format: str) -> tuple[Written, bool]:
+    """A model in the terms of a format, and whether it becomes a folder at `path`. Raises
+    `UsageError` if it cannot be written there."""
+    known = next((f for f in FORMATS if f.name == format), None)
+    if known is None or known.write is None:
+        raise UsageError(
+            f"patchword writes no format {format!r}{nearest(format, writable_formats())}"
+        )
+    written = known.write(model)
+    if path.suffix in known.suffixes:
+        return written, False
+    if written.config and path.suffix not in FILES:
+        return written, True
+    kinds = [f"a file {suffix}" for suffix in known.suffixes]
+    kinds += ["a folder"] if written.config else []
+    raise UsageError(f"{path}: the format {known.name} is written to {' or '.join(kinds)}")
 
 
 def writable_formats() -> list[str]:
     """Names of the formats that `save_model` writes."""
     return ["patchword", *(known.name for known in FORMATS if known.write is not None)]
-
-
-def _is_folder(known: Format, written: Written, path: Path) -> bool:
-    """Whether a format's weights at `path` are a folder. Raises `UsageError` if they cannot be."""
-    if path.suffix in known.suffixes:
-        return False
-    if written.config and path.suffix not in FILES:
-        return True
-    kinds = [f"a file {suffix}" for suffix in known.suffixes]
-    kinds += ["a folder"] if written.config else []
-    raise UsageError(f"{path}: the format {known.name} is written to {' or '.join(kinds)}")
 
 
 def _make_way(path: Path, folder: bool, overwrite: bool) -> None:
@@ -163,9 +171,9 @@ def _write_file(path: Path, suffix: str, tensors: dict[str, Tensor]) -> None:
 
 def _compare(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raises `PatchwordError` unless what was written reads as it is, bit for bit."""
-    found = open_container(path, trust_pickle=True)
-    same = found.shapes.keys() == tensors.keys()
-    if not same or not all(torch.equal(found.tensor(n), value) for n, value in tensors.items()):
+    back = open_container(path, trust_pickle=True)
+    same = back.shapes.keys() == tensors.keys()
+    if not same or not all(torch.equal(back.tensor(n), value) for n, value in tensors.items()):
         raise PatchwordError(
             "what was written does not read back the same; the disk or the memory may be faulty, "
             "or the model is not finite"
@@ -180,18 +188,19 @@ def _say_untold(model: Model, written: Path, path: Path) -> None:
             "to divide them by %.6g before they become probabilities",
             *(path, model.temperature),
         )
-    wanted: Any = vars(model.spec)
     file = describe_weights(written, trust_pickle=True, image_size=model.spec.image_size)
-    lost = [
-        f"{name}={wanted[name]!r}"
-        for name in UNTOLD
-        if name in wanted and wanted[name] != vars(file.spec).get(name)
-    ]
     if model.classes and not file.classes:
         logger.warning(
             "%s has no place for the class names: whoever reads it numbers the classes, or is told "
             "their names (--classes)",
             path,
         )
+    lost = [f"{name}={value!r}" for name, value in untold(model.spec, file.spec).items()]
     if lost:
         logger.warning("%s does not tell %s; say so when loading it", path, ", ".join(lost))
+
+
+def untold(spec: ModelSpec, told: ModelSpec) -> dict[str, Any]:
+    """The fields of a model's spec of which a file tells other values, `told`, or none."""
+    fields = {name: value for name, value in vars(spec).items() if name in UNTOLD}
+    return {name: value for name, value in fields.items() if value != vars(told).get(name)}

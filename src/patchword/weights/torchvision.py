@@ -7,25 +7,22 @@ import dataclasses
 from typing import Any
 
 from patchword.models.model import Model
-from patchword.models.vit import ViT
 from patchword.models.zoo import variant_name
 from patchword.spec.model import PreprocessSpec, ViTSpec
-from patchword.spec.parse import PatchwordError, parse
 from patchword.weights import mapping
-from patchword.weights.mapping import (
+from patchword.weights.held import ANY, VIT, Held, Near, check_held, no_place
+from patchword.weights.mapping import Reading, Rule, Written, layer, patches, repeated, rule
+from patchword.weights.shapes import (
     Config,
-    Found,
-    Rule,
+    Hints,
     Shapes,
-    Written,
+    classes_of,
     count,
     guess_heads,
-    layer,
-    patches,
-    repeated,
-    rule,
+    image_size_for,
+    say_heads,
     shape_of,
-    square_grid,
+    spec_of,
 )
 
 LAYER = "encoder.layers.encoder_layer_{i}."
@@ -61,10 +58,13 @@ crop; those of SWAG are bicubic (torchvision/models/vision_transformer.py)."""
 TWINS = ("ViT-B/16", "ViT-L/16")
 """They have `LINEAR` weights at 224 pixels too, which no shape tells from `V1`."""
 NORM_EPS = 1e-6
+HELD: Held = {
+    ViTSpec: {**VIT, "head": ANY, "head_width": ANY, "norm_eps": Near(NORM_EPS, "LayerNorm")}
+}
 
 
-def rules(spec: ViTSpec) -> list[Rule]:
-    found = [
+def rules_for(spec: ViTSpec) -> list[Rule]:
+    rules = [
         *layer("patch_embedding", "conv_proj", patches(spec.patch_size, spec.in_channels)),
         rule("class_token", "class_token"),
         rule("positions.0.table", "encoder.pos_embedding"),
@@ -72,9 +72,9 @@ def rules(spec: ViTSpec) -> list[Rule]:
         *layer("norm", "encoder.ln"),
     ]
     if spec.num_classes:
-        found += layer("head", "heads.head")
-        found += layer("pre_logits", "heads.pre_logits") if spec.head == "mlp" else []
-    return found
+        rules += layer("head", "heads.head")
+        rules += layer("pre_logits", "heads.pre_logits") if spec.head == "mlp" else []
+    return rules
 
 
 def recognises(shapes: Shapes, config: Config) -> bool:
@@ -82,28 +82,20 @@ def recognises(shapes: Shapes, config: Config) -> bool:
     return "conv_proj.weight" in shapes and "encoder.pos_embedding" in shapes
 
 
-def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find(shapes: Shapes, config: Config, hints: Hints) -> Reading:
     """The spec and the rules of torchvision's names and shapes; there is no `config`. `hints` are
     fields of the spec that win over what is inferred. Raises `PatchwordError` if tensors that tell
     the architecture are missing or of another shape."""
     width, channels, *patch = shape_of(shapes, "conv_proj.weight", 4)
-    entries = shape_of(shapes, "encoder.pos_embedding", 3)[1] - 1
-    size = hints.get("image_size")
-    if size is None or (size[0] // patch[0]) * (size[1] // patch[1]) != entries:
-        size = square_grid(entries, (patch[0], patch[1]), "encoder.pos_embedding")
+    table = "encoder.pos_embedding"
+    entries, sizes = shape_of(shapes, table, 3)[1] - 1, [hints.get("image_size")]
     hidden = width
     if "heads.pre_logits.weight" in shapes:
         hidden = shape_of(shapes, "heads.pre_logits.weight", 2)[0]
-    notes: list[str] = []
-    if "heads" not in hints:
-        notes.append(
-            f"assumed: {guess_heads(width)} heads, as models {width} wide have; heads=... says "
-            "otherwise"
-        )
     fields: dict[str, Any] = {
-        "image_size": list(size),
+        "image_size": image_size_for(entries, patch, sizes, table),
         "in_channels": channels,
-        "num_classes": shapes["heads.head.weight"][0] if shapes.get("heads.head.weight") else 0,
+        "num_classes": classes_of(shapes, "heads.head.weight"),
         "patch_size": patch,
         "depth": count(shapes, r"encoder\.layers\.encoder_layer_(\d+)\."),
         "width": width,
@@ -113,11 +105,10 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         "head_width": None if hidden == width else hidden,
         "norm_eps": NORM_EPS,
     }
-    fields |= {key: value for key, value in hints.items() if key != "image_size"}
-    spec = parse(ViTSpec, fields)
+    spec = spec_of(ViTSpec, fields, hints)
     preprocess, note = _preprocess(spec)
-    notes.append(f"preprocessing assumed: {note}")
-    return Found(spec=spec, rules=rules(spec), preprocess=preprocess, notes=tuple(notes))
+    notes = (*say_heads(width, hints), f"preprocessing assumed: {note}")
+    return Reading(spec=spec, rules=rules_for(spec), preprocess=preprocess, notes=notes)
 
 
 def _preprocess(spec: ViTSpec) -> tuple[PreprocessSpec, str]:
@@ -141,26 +132,13 @@ def _preprocess(spec: ViTSpec) -> tuple[PreprocessSpec, str]:
 def write(model: Model) -> Written:
     """A state dict for torchvision's VisionTransformer. Raises `PatchwordError` if it has no such
     model."""
-    if not isinstance(model, ViT):
-        raise PatchwordError(f"torchvision's format has no place for a {type(model).__name__}")
     spec = model.spec
-    square = spec.image_size[0] == spec.image_size[1] and spec.patch_size[0] == spec.patch_size[1]
-    problems = {
-        "hybrid": spec.stem is not None,
-        f"pool {spec.pool}": spec.pool != "token",
-        f"position {spec.position} (at {spec.position_at})": (spec.position, spec.position_at)
-        != ("learned-1d", "stem"),
-        f"activation {spec.activation}": spec.activation != "gelu",
-        "LayerScale": spec.layer_scale is not None,
-        "registers": spec.registers > 0,
-        "distillation token": spec.distillation != "none",
-        "qk_norm": spec.qk_norm,
-        "images or patches that are not square": not square,
-    }
-    for problem, present in problems.items():
-        if present:
-            raise PatchwordError(
-                f"torchvision has no {problem}; save the model in patchword's own format"
-            )
-    mapping.warn_eps("torchvision", "LayerNorm", spec.norm_eps, NORM_EPS)
-    return Written(tensors=mapping.write(model.state_dict(), rules(spec)))
+    check_held(spec, HELD, "torchvision")
+    assert isinstance(spec, ViTSpec)
+    for name, (height, width) in {
+        "image_size": spec.image_size,
+        "patch_size": spec.patch_size,
+    }.items():
+        if height != width:
+            raise no_place("torchvision", f"{name} that is not square ({height} x {width})")
+    return Written(tensors=mapping.write(model.state_dict(), rules_for(spec)))

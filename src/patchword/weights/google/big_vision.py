@@ -9,44 +9,13 @@ other one. Images are evaluated after a centre crop, a two-tower model's stretch
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 
 from patchword.spec.model import ViTSpec
-from patchword.weights.google import google_npz
-from patchword.weights.google.flax import (
-    LINEN,
-    assumed_size,
-    check_depth,
-    classes_in,
-    dense,
-    encoder_block,
-    head_in,
-    heads_in,
-    heads_out,
-    ignored_for,
-    image_size,
-    norm,
-    patch_embedding,
-    prefix_of,
-    preprocess,
-    with_hints,
-)
-from patchword.weights.mapping import (
-    SAME,
-    Config,
-    Found,
-    Rule,
-    Shapes,
-    count,
-    each,
-    prefixed,
-    repeated,
-    rule,
-    shape_of,
-    stacked,
-)
+from patchword.weights.google import flax, google_npz
+from patchword.weights.mapping import SAME, Reading, Rule, each, prefixed, repeated, rule, stacked
+from patchword.weights.shapes import Config, Hints, Shapes, image_size_for, shape_of, spec_of
 
 OURS = re.compile(r"[\w/]*?Transformer/encoderblock(_\d+)?/MultiHeadDotProductAttention_0/.*")
 PATCHES_ALONE = each(
@@ -61,88 +30,49 @@ def recognises(shapes: Shapes, config: Config) -> bool:
     return any(map(OURS.fullmatch, shapes)) and not any(map(google_npz.PLACED.fullmatch, shapes))
 
 
-def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find(shapes: Shapes, config: Config, hints: Hints) -> Reading:
     """The model that names and shapes tell. Raises `PatchwordError` if they tell none."""
-    prefix = prefix_of(shapes, "embedding/kernel")
-    merged = f"{prefix}Transformer/encoderblock/{LINEN[1]}/query/kernel" in shapes
-    spec, notes = _spec(shapes, prefix, merged, hints)
-    ignored = ignored_for(prefix)
-    if not spec.num_classes:
-        ignored += (f"{prefix}pre_logits/.*",)
-    return Found(
+    prefix = flax.prefix_of(shapes, "embedding/kernel")
+    merged = f"{prefix}Transformer/encoderblock/{flax.LINEN[1]}/query/kernel" in shapes
+    fields = flax.vit_fields(shapes, prefix, flax.LINEN, merged=merged)
+    positions, notes = f"{prefix}pos_embedding", ()
+    if positions in shapes:
+        entries, sizes = shape_of(shapes, positions, 3)[1], [hints.get("image_size")]
+        size = image_size_for(entries, fields["patch_size"], sizes, positions)
+    else:
+        size, notes = flax.assumed_size(fields["patch_size"][0], hints)
+        fields["position"] = "sincos2d"
+    if fields["pool"] == "gap" and f"{prefix}MAPHead_0/probe" in shapes:
+        fields["pool"] = "map"
+    spec = spec_of(ViTSpec, fields | {"image_size": size}, hints)
+    resize = "stretch" if prefix.endswith("img/") else "short"
+    return Reading(
         spec=spec,
         rules=prefixed(_rules(spec, merged), prefix),
-        preprocess=preprocess(
-            spec.in_channels, resize="stretch" if prefix.endswith("img/") else "short"
-        ),
-        ignored=ignored,
+        preprocess=flax.preprocess(spec.in_channels, resize=resize),
+        ignored=flax.ignored_for(prefix, spec),
         notes=notes,
     )
-
-
-def _spec(
-    shapes: Shapes, prefix: str, merged: bool, hints: dict[str, Any]
-) -> tuple[ViTSpec, tuple[str, ...]]:
-    rows, columns, channels, width = shape_of(shapes, f"{prefix}embedding/kernel", 4)
-    encoder = f"{prefix}Transformer/encoderblock"
-    first = encoder if merged else f"{encoder}_0"
-    query = shape_of(shapes, f"{first}/{LINEN[1]}/query/kernel", 3 + merged)
-    hidden = shape_of(shapes, f"{first}/{LINEN[3]}/Dense_0/kernel", 2 + merged)[-1]
-    depth = query[0] if merged else count(shapes, rf"{encoder}_(\d+)/")
-    positions = f"{prefix}pos_embedding"
-    learned = positions in shapes
-    if learned:
-        entries = shape_of(shapes, positions, 3)[1]
-        size, notes = image_size(entries, (rows, columns), hints, positions), ()
-    else:
-        size, notes = assumed_size(rows, hints)
-    token, probe = f"{prefix}cls" in shapes, f"{prefix}MAPHead_0/probe" in shapes
-    head, head_width = head_in(shapes, prefix, width)
-    spec = ViTSpec(
-        image_size=size,
-        in_channels=channels,
-        num_classes=classes_in(shapes, f"{prefix}head/kernel"),
-        depth=check_depth(depth),
-        width=width,
-        mlp_width=hidden,
-        heads=query[-2],
-        patch_size=(rows, columns),
-        pool="token" if token else "map" if probe else "gap",
-        head=head,
-        head_width=head_width,
-        position="learned-1d" if learned else "sincos2d",
-        activation="gelu_tanh",
-    )
-    return with_hints(spec, hints), notes
 
 
 def _rules(spec: ViTSpec, merged: bool) -> list[Rule]:
     width, heads = spec.width, spec.heads
     name = "Transformer/encoderblock" if merged else "Transformer/encoderblock_{i}"
-    block = encoder_block(name, LINEN, width, heads)
-    rules = [
-        *patch_embedding("embedding", (*spec.patch_size, spec.in_channels, width)),
-        *(stacked(block, spec.depth) if merged else repeated(block, spec.depth)),
-        *norm("norm", "Transformer/encoder_norm"),
-    ]
+    block = flax.encoder_block(name, flax.LINEN, width, heads)
+    blocks = stacked(block, spec.depth) if merged else repeated(block, spec.depth)
+    rules = flax.vit_rules(spec, (*spec.patch_size, spec.in_channels, width), blocks)
     if spec.position == "learned-1d":
         op = PATCHES_ALONE if spec.pool == "token" else SAME
         rules.append(rule("positions.0.table", "pos_embedding", op))
-    if spec.pool == "token":
-        rules.append(rule("class_token", "cls"))
     if spec.pool == "map":
-        attention = f"MAPHead_0/{LINEN[1]}"
+        attention = f"MAPHead_0/{flax.LINEN[1]}"
         rules += [
             rule("pool.probe", "MAPHead_0/probe"),
-            *heads_in("pool.query", attention, ("query",), width, heads),
-            *heads_in("pool.key_value", attention, ("key", "value"), width, heads),
-            *heads_out("pool.projection", attention, width, heads),
-            *norm("pool.norm", "MAPHead_0/LayerNorm_0"),
-            *dense("pool.mlp.hidden", "MAPHead_0/MlpBlock_0/Dense_0"),
-            *dense("pool.mlp.output", "MAPHead_0/MlpBlock_0/Dense_1"),
+            *flax.heads_in("pool.query", attention, ("query",), width, heads),
+            *flax.heads_in("pool.key_value", attention, ("key", "value"), width, heads),
+            *flax.heads_out("pool.projection", attention, width, heads),
+            *flax.norm("pool.norm", "MAPHead_0/LayerNorm_0"),
+            *flax.dense("pool.mlp.hidden", "MAPHead_0/MlpBlock_0/Dense_0"),
+            *flax.dense("pool.mlp.output", "MAPHead_0/MlpBlock_0/Dense_1"),
         ]
-    if spec.head == "mlp" and spec.num_classes:
-        rules += dense("pre_logits", "pre_logits")
-    if spec.num_classes:
-        rules += dense("head", "head")
     return rules

@@ -13,25 +13,9 @@ from typing import Any
 from patchword.models.resnet import BIT_WIDTH
 from patchword.spec.model import ResNetSpec
 from patchword.spec.parse import PatchwordError
-from patchword.weights.google.flax import (
-    CONVOLUTION,
-    assumed_size,
-    classes_in,
-    preprocess,
-    with_hints,
-)
-from patchword.weights.mapping import (
-    TRANSPOSED,
-    Config,
-    Found,
-    Rule,
-    Shapes,
-    chain,
-    count,
-    rule,
-    shape_of,
-    viewed,
-)
+from patchword.weights.google.flax import CONVOLUTION, assumed_size, classes_in, preprocess
+from patchword.weights.mapping import TRANSPOSED, Reading, Rule, chain, rule, viewed
+from patchword.weights.shapes import Config, Hints, Shapes, count, shape_of, spec_of
 
 CONV = "standardized_conv2d/kernel"
 ROOT = f"resnet/root_block/{CONV}"
@@ -44,7 +28,7 @@ def recognises(shapes: Shapes, config: Config) -> bool:
     return ROOT in _plain(shapes)
 
 
-def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find(shapes: Shapes, config: Config, hints: Hints) -> Reading:
     """The model that names and shapes tell. Raises `PatchwordError` if they tell none."""
     names = _plain(shapes)
     channels, width = shape_of(shapes, names[ROOT], 4)[2:]
@@ -54,18 +38,17 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
             f"{BIT_WIDTH}"
         )
     size, notes = assumed_size(1, hints)
-    one, two, three, four = (
-        count(shapes, rf"resnet/block{stage}/unit(\d+)/") - 1 for stage in range(1, 5)
-    )
-    spec = ResNetSpec(
-        image_size=size,
-        in_channels=channels,
-        num_classes=classes_in(shapes, "resnet/head/conv2d/kernel", 4),
-        layers=(one, two, three, four),
-        width_factor=width // BIT_WIDTH,
-    )
-    return Found(
-        spec=with_hints(spec, hints),
+    layers = [count(shapes, rf"resnet/block{stage}/unit(\d+)/") - 1 for stage in range(1, 5)]
+    fields: dict[str, Any] = {
+        "image_size": size,
+        "in_channels": channels,
+        "num_classes": classes_in(shapes, "resnet/head/conv2d/kernel", 4),
+        "layers": layers,
+        "width_factor": width // BIT_WIDTH,
+    }
+    spec = spec_of(ResNetSpec, fields, hints)
+    return Reading(
+        spec=spec,
         rules=[
             Rule(r.ours, tuple(names.get(name, name) for name in r.theirs), r.op)
             for r in _rules(spec)
@@ -91,28 +74,16 @@ def _rules(spec: ResNetSpec) -> list[Rule]:
             for k, part in enumerate("abc", 1):
                 rules.append(rule(f"{ours}.conv{k}.weight", f"{theirs}/{part}/{CONV}", CONVOLUTION))
                 rules += _norm(f"{ours}.norm{k}", f"{theirs}/{part}")
-        rules.append(
-            rule(
-                f"stages.{stage}.0.downsample.weight",
-                f"{block}/unit01/a/proj/{CONV}",
-                CONVOLUTION,
-            )
-        )
+        down = f"{block}/unit01/a/proj/{CONV}"
+        rules.append(rule(f"stages.{stage}.0.downsample.weight", down, CONVOLUTION))
     if spec.num_classes:
         matrix = (features, spec.num_classes)
-        rules += [
-            rule(
-                "head.weight",
-                "resnet/head/conv2d/kernel",
-                chain(viewed(matrix, (1, 1, *matrix)), TRANSPOSED),
-            ),
-            rule("head.bias", "resnet/head/conv2d/bias"),
-        ]
+        head, op = "resnet/head/conv2d", chain(viewed(matrix, (1, 1, *matrix)), TRANSPOSED)
+        rules.append(rule("head.weight", f"{head}/kernel", op))
+        rules.append(rule("head.bias", f"{head}/bias"))
     return rules
 
 
 def _norm(ours: str, theirs: str) -> list[Rule]:
-    return [
-        rule(f"{ours}.weight", f"{theirs}/group_norm/gamma"),
-        rule(f"{ours}.bias", f"{theirs}/group_norm/beta"),
-    ]
+    gamma = rule(f"{ours}.weight", f"{theirs}/group_norm/gamma")
+    return [gamma, rule(f"{ours}.bias", f"{theirs}/group_norm/beta")]

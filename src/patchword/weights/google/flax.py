@@ -8,25 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import floordiv
-from typing import Any, TypeVar
+from typing import Any
 
-from patchword.spec.model import Head, ModelSpec, PreprocessSpec
-from patchword.spec.parse import PatchwordError, parse, to_dict
-from patchword.weights.mapping import (
-    SAME,
-    TRANSPOSED,
-    Op,
-    Rule,
-    Shapes,
-    chain,
-    each,
-    joined,
-    rule,
-    shape_of,
-    square_grid,
-    viewed,
-)
+from patchword.spec.model import ModelSpec, PreprocessSpec, ViTSpec
+from patchword.spec.parse import PatchwordError
+from patchword.weights.mapping import SAME, TRANSPOSED, Op, Rule, chain, each, joined, rule, viewed
+from patchword.weights.shapes import Hints, Shapes, count, shape_of
 
 CONVOLUTION = each(lambda t: t.permute(3, 2, 0, 1), lambda t: t.permute(2, 3, 1, 0))
 """Theirs `[kh, kw, in, out]`, ours `[out, in, kh, kw]`."""
@@ -39,23 +26,17 @@ LINEN = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlo
 LAYERS = 1000
 """More are taken for damage."""
 
-Spec = TypeVar("Spec", bound=ModelSpec)
-
 
 def dense(ours: str, theirs: str) -> list[Rule]:
     """A dense layer."""
-    return [
-        rule(f"{ours}.weight", f"{theirs}/kernel", TRANSPOSED),
-        rule(f"{ours}.bias", f"{theirs}/bias"),
-    ]
+    kernel = rule(f"{ours}.weight", f"{theirs}/kernel", TRANSPOSED)
+    return [kernel, rule(f"{ours}.bias", f"{theirs}/bias")]
 
 
 def norm(ours: str, theirs: str, op: Op = SAME) -> list[Rule]:
     """A LayerNorm, or with `GROUP_SCALE` a GroupNorm."""
-    return [
-        rule(f"{ours}.weight", f"{theirs}/scale", op),
-        rule(f"{ours}.bias", f"{theirs}/bias", op),
-    ]
+    scale = rule(f"{ours}.weight", f"{theirs}/scale", op)
+    return [scale, rule(f"{ours}.bias", f"{theirs}/bias", op)]
 
 
 def convolution(ours: str, theirs: str) -> list[Rule]:
@@ -106,6 +87,20 @@ def encoder_block(theirs: str, parts: Sequence[str], width: int, heads: int) -> 
     ]
 
 
+def vit_rules(spec: ViTSpec, kernel: Sequence[int], blocks: list[Rule]) -> list[Rule]:
+    """A ViT whose patch embedding has that kernel, but for its positions and its pooling."""
+    rules = [
+        *patch_embedding("embedding", kernel),
+        *blocks,
+        *norm("norm", "Transformer/encoder_norm"),
+    ]
+    rules += [rule("class_token", "cls")] if spec.pool == "token" else []
+    if spec.num_classes:
+        rules += dense("pre_logits", "pre_logits") if spec.head == "mlp" else []
+        rules += dense("head", "head")
+    return rules
+
+
 # What shapes tell ---------------------------------------------------------------------------------
 
 
@@ -114,9 +109,11 @@ def prefix_of(shapes: Shapes, name: str) -> str:
     return next((prefix for prefix in PREFIXES if prefix + name in shapes), "")
 
 
-def ignored_for(prefix: str) -> tuple[str, ...]:
-    """Patterns of what is not the model's: the optimizer's state, another tower."""
-    return (f"(?!{prefix}).*",) if prefix else ("opt/.*", "txt/.*")
+def ignored_for(prefix: str, spec: ModelSpec) -> tuple[str, ...]:
+    """Patterns of what is not the model's: the optimizer's state, another tower, and without a head
+    what leads to it."""
+    others = (f"(?!{prefix}).*",) if prefix else ("opt/.*", "txt/.*")
+    return others if spec.num_classes else (*others, f"{prefix}pre_logits/.*")
 
 
 def classes_in(shapes: Shapes, kernel: str, axes: int = 2) -> int:
@@ -131,33 +128,46 @@ def check_depth(depth: int) -> int:
     return depth
 
 
-def head_in(shapes: Shapes, prefix: str, width: int) -> tuple[Head, int | None]:
+def vit_fields(
+    shapes: Shapes, prefix: str, parts: Sequence[str], *, merged: bool = False
+) -> dict[str, Any]:
+    """The fields of a ViT's spec but for the image size; `parts` as in `encoder_block`, `merged`
+    where all blocks are stacked in one tensor each. Raises `PatchwordError` if the tensors that
+    tell them are missing or misshapen."""
+    rows, columns, channels, width = shape_of(shapes, f"{prefix}embedding/kernel", 4)
+    encoder = f"{prefix}Transformer/encoderblock"
+    first = encoder if merged else f"{encoder}_0"
+    query = shape_of(shapes, f"{first}/{parts[1]}/query/kernel", 3 + merged)
+    return {
+        "in_channels": channels,
+        "num_classes": classes_in(shapes, f"{prefix}head/kernel"),
+        "depth": check_depth(query[0] if merged else count(shapes, rf"{encoder}_(\d+)/")),
+        "width": width,
+        "mlp_width": shape_of(shapes, f"{first}/{parts[3]}/Dense_0/kernel", 2 + merged)[-1],
+        "heads": query[-2],
+        "patch_size": (rows, columns),
+        "pool": "token" if f"{prefix}cls" in shapes else "gap",
+        "activation": "gelu_tanh",
+        **_head(shapes, prefix, width),
+    }
+
+
+def _head(shapes: Shapes, prefix: str, width: int) -> dict[str, Any]:
     """A spec's `head` and `head_width`: `mlp` where a pre-logits layer, of any width, stands before
     a head. Raises `PatchwordError` if it does not take what the model gives."""
     kernel = f"{prefix}pre_logits/kernel"
     if kernel not in shapes or f"{prefix}head/kernel" not in shapes:
-        return "linear", None
+        return {}
     inputs, hidden = shape_of(shapes, kernel, 2)
     if inputs != width:
         raise PatchwordError(
             f"the tensor {kernel} is {[inputs, hidden]}, the model {width} wide; the file is "
             "incomplete or damaged"
         )
-    return "mlp", None if hidden == width else hidden
+    return {"head": "mlp", "head_width": None if hidden == width else hidden}
 
 
-def image_size(
-    entries: int, patch: tuple[int, int], hints: dict[str, Any], name: str
-) -> tuple[int, int]:
-    """The image size that a tensor `name` for `entries` patches is for: the user's if it has so
-    many, else the square one. Raises `PatchwordError` if there is none."""
-    size = hints.get("image_size")
-    if size is not None and min(patch) and entries == math.prod(map(floordiv, size, patch)):
-        return (size[0], size[1])
-    return square_grid(entries, patch, name)
-
-
-def assumed_size(patch: int, hints: dict[str, Any]) -> tuple[tuple[int, int], tuple[str, ...]]:
+def assumed_size(patch: int, hints: Hints) -> tuple[tuple[int, int], tuple[str, ...]]:
     """The image size that no tensor tells: the user's, else about 224, and a note that says so."""
     size = hints.get("image_size")
     if size is not None:
@@ -165,12 +175,6 @@ def assumed_size(patch: int, hints: dict[str, Any]) -> tuple[tuple[int, int], tu
     side = max(1, round(224 / max(patch, 1))) * patch
     note = f"the file does not say the image size: {side} x {side} is assumed; set image_size"
     return (side, side), (note,)
-
-
-def with_hints(spec: Spec, hints: dict[str, Any]) -> Spec:
-    """The spec with what a user set. Raises `UsageError` on unknown fields and bad values."""
-    known = {name: value for name, value in hints.items() if name != "image_size"}
-    return parse(type(spec), to_dict(spec) | known) if known else spec
 
 
 def preprocess(channels: int, **options: Any) -> PreprocessSpec:

@@ -8,43 +8,18 @@ evaluates on images stretched to the model's size, bilinear (there without antia
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from patchword.models.model import Model
 from patchword.spec.model import MixerSpec, StemSpec, ViTSpec
-from patchword.spec.parse import PatchwordError
-from patchword.weights.google.flax import (
-    GROUP_SCALE,
-    LINEN,
-    check_depth,
-    classes_in,
-    convolution,
-    dense,
-    encoder_block,
-    head_in,
-    ignored_for,
-    image_size,
-    norm,
-    patch_embedding,
-    prefix_of,
-    preprocess,
-    with_hints,
-)
-from patchword.weights.mapping import (
-    Config,
-    Found,
-    Rule,
-    Shapes,
-    Written,
-    count,
-    prefixed,
-    repeated,
-    rule,
-    shape_of,
-)
+from patchword.weights.google import flax
+from patchword.weights.held import ANY, MIXER, VIT, Held, check_held
+from patchword.weights.mapping import Reading, Rule, Written, prefixed, repeated, rule
 from patchword.weights.mapping import write as write_tensors
+from patchword.weights.shapes import Config, Hints, Shapes, count, image_size_for, shape_of, spec_of
 
 PARTS = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
 """of the published files, which are also written; the current code names them as `LINEN`"""
@@ -55,23 +30,19 @@ OURS = re.compile(
     r"[\w/]*?(Transformer/encoderblock_\d+/MultiHeadDotProductAttention_1|MixerBlock_\d+)/.*"
 )
 
-LAYER_NUMERICS: dict[str, tuple[Any, ...]] = {"activation": ("gelu_tanh",), "norm_eps": (1e-6,)}
-VIT_FIXED = LAYER_NUMERICS | {
-    "pool": ("token", "gap"),
-    "pool_norm": (False,),
-    "position": ("learned-1d",),
-    "position_at": ("stem",),
-    "layer_scale": (None,),
-    "registers": (0,),
-    "distillation": ("none",),
-    "qk_norm": (False,),
+GELU = {"activation": ("gelu_tanh",)}
+HELD: Held = {
+    ViTSpec: {
+        **VIT,
+        **GELU,
+        "stem": {"layers": ANY, "width": ANY},
+        "pool": ("token", "gap"),
+        "head": ANY,
+        "head_width": ANY,
+    },
+    MixerSpec: {**MIXER, **GELU},
 }
-STEM_FIXED: dict[str, tuple[Any, ...]] = {
-    "norm_eps": (1e-6,),
-    "weight_eps": (1e-5,),
-    "weight_eps_in": ("std",),
-}
-"""The values of the fields of a spec that the format can mean; it stores none of them."""
+"""Where the defaults of a spec are that code's numerics, which no file stores."""
 
 
 def recognises(shapes: Shapes, config: Config) -> bool:
@@ -79,22 +50,19 @@ def recognises(shapes: Shapes, config: Config) -> bool:
     return any(OURS.fullmatch(name) or PLACED.fullmatch(name) for name in shapes)
 
 
-def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find(shapes: Shapes, config: Config, hints: Hints) -> Reading:
     """The model that names and shapes tell. Raises `PatchwordError` if they tell none."""
-    stem = prefix_of(shapes, "stem/kernel")
-    if stem + "stem/kernel" in shapes:
-        prefix, spec = stem, _mixer(shapes, stem, hints)
+    prefix = flax.prefix_of(shapes, "stem/kernel")
+    if prefix + "stem/kernel" in shapes:
+        spec: ViTSpec | MixerSpec = _mixer(shapes, prefix, hints)
     else:
-        prefix = prefix_of(shapes, "embedding/kernel")
+        prefix = flax.prefix_of(shapes, "embedding/kernel")
         spec = _vit(shapes, prefix, hints)
-    ignored = ignored_for(prefix)
-    if not spec.num_classes:
-        ignored += (f"{prefix}pre_logits/.*",)
-    return Found(
+    return Reading(
         spec=spec,
         rules=_rules(spec, prefix, _parts(shapes, prefix)),
-        preprocess=preprocess(spec.in_channels, resize="stretch"),
-        ignored=ignored,
+        preprocess=flax.preprocess(spec.in_channels, resize="stretch"),
+        ignored=flax.ignored_for(prefix, spec),
     )
 
 
@@ -102,71 +70,32 @@ def write(model: Model) -> Written:
     """A ViT, hybrid or Mixer under the names of this format. Raises `PatchwordError` if the format
     cannot hold the model."""
     spec = model.spec
-    if isinstance(spec, ViTSpec):
-        _check(spec, VIT_FIXED)
-        if spec.stem is not None:
-            _check(spec.stem, STEM_FIXED)
-    elif isinstance(spec, MixerSpec):
-        _check(spec, LAYER_NUMERICS)
-    else:
-        raise PatchwordError(
-            "Google's vision_transformer format holds ViTs, hybrids and Mixers only; write another "
-            "format"
-        )
+    check_held(spec, HELD, "Google's vision_transformer")
+    assert isinstance(spec, ViTSpec | MixerSpec)
     return Written(tensors=write_tensors(model.state_dict(), _rules(spec, "", PARTS)))
-
-
-def _check(spec: ViTSpec | MixerSpec | StemSpec, fixed: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, allowed in fixed.items():
-        value = getattr(spec, name)
-        if value not in allowed:
-            raise PatchwordError(
-                f"Google's vision_transformer format means {name} "
-                f"{' or '.join(map(str, allowed))}, this model has {value}; write another format, "
-                f"or, if the difference does not matter, load the model with that {name} first"
-            )
 
 
 # Specs from shapes --------------------------------------------------------------------------------
 
 
-def _vit(shapes: Shapes, prefix: str, hints: dict[str, Any]) -> ViTSpec:
-    rows, columns, channels, width = shape_of(shapes, f"{prefix}embedding/kernel", 4)
-    encoder = f"{prefix}Transformer/encoderblock_"
-    depth = check_depth(count(shapes, rf"{encoder}(\d+)/"))
-    parts = _parts(shapes, prefix)
-    query = shape_of(shapes, f"{encoder}0/{parts[1]}/query/kernel", 3)
-    head, head_width = head_in(shapes, prefix, width)
-    stem, in_channels = None, channels
+def _vit(shapes: Shapes, prefix: str, hints: Hints) -> ViTSpec:
+    fields = flax.vit_fields(shapes, prefix, _parts(shapes, prefix))
     if f"{prefix}conv_root/kernel" in shapes:
-        root = shape_of(shapes, f"{prefix}conv_root/kernel", 4)
-        stem, in_channels = _stem(shapes, prefix, root[3]), root[2]
-    stride = 1 if stem is None else stem.stride
-    patch = (rows * stride, columns * stride)
-    token = f"{prefix}cls" in shapes
-    entries = shape_of(shapes, prefix + POSITIONS, 3)[1] - token
-    spec = ViTSpec(
-        image_size=image_size(entries, patch, hints, prefix + POSITIONS),
-        in_channels=in_channels,
-        num_classes=classes_in(shapes, f"{prefix}head/kernel"),
-        depth=depth,
-        width=width,
-        mlp_width=shape_of(shapes, f"{encoder}0/{parts[3]}/Dense_0/kernel", 2)[1],
-        heads=query[1],
-        patch_size=patch,
-        stem=stem,
-        pool="token" if token else "gap",
-        head=head,
-        head_width=head_width,
-        activation="gelu_tanh",
-    )
-    return with_hints(spec, hints)
+        *_, channels, width = shape_of(shapes, f"{prefix}conv_root/kernel", 4)
+        stem = _stem(shapes, prefix, width)
+        rows, columns = fields["patch_size"]
+        patch = (rows * stem.stride, columns * stem.stride)
+        fields |= {"stem": vars(stem), "in_channels": channels, "patch_size": patch}
+    table, sizes = prefix + POSITIONS, [hints.get("image_size")]
+    entries = shape_of(shapes, table, 3)[1] - (fields["pool"] == "token")
+    fields["image_size"] = image_size_for(entries, fields["patch_size"], sizes, table)
+    return spec_of(ViTSpec, fields, hints)
 
 
 def _parts(shapes: Shapes, prefix: str) -> tuple[str, ...]:
     """What an encoder block's layers are called."""
-    attention = f"{prefix}Transformer/encoderblock_0/{LINEN[1]}/"
-    return LINEN if any(name.startswith(attention) for name in shapes) else PARTS
+    attention = f"{prefix}Transformer/encoderblock_0/{flax.LINEN[1]}/"
+    return flax.LINEN if any(name.startswith(attention) for name in shapes) else PARTS
 
 
 def _stem(shapes: Shapes, prefix: str, width: int) -> StemSpec:
@@ -175,23 +104,24 @@ def _stem(shapes: Shapes, prefix: str, width: int) -> StemSpec:
     return StemSpec(layers=tuple(units), width=width)
 
 
-def _mixer(shapes: Shapes, prefix: str, hints: dict[str, Any]) -> MixerSpec:
+def _mixer(shapes: Shapes, prefix: str, hints: Hints) -> MixerSpec:
     rows, columns, channels, width = shape_of(shapes, f"{prefix}stem/kernel", 4)
-    mixing = f"{prefix}MixerBlock_0/{{}}_mixing/Dense_0/kernel"
-    name = mixing.format("token")
-    entries, tokens_mlp_width = shape_of(shapes, name, 2)
-    spec = MixerSpec(
-        image_size=image_size(entries, (rows, columns), hints, name),
-        in_channels=channels,
-        num_classes=classes_in(shapes, f"{prefix}head/kernel"),
-        depth=check_depth(count(shapes, rf"{prefix}MixerBlock_(\d+)/")),
-        width=width,
-        tokens_mlp_width=tokens_mlp_width,
-        channels_mlp_width=shape_of(shapes, mixing.format("channel"), 2)[1],
-        patch_size=(rows, columns),
-        activation="gelu_tanh",
+    token, channel = (
+        f"{prefix}MixerBlock_0/{part}_mixing/Dense_0/kernel" for part in ("token", "channel")
     )
-    return with_hints(spec, hints)
+    entries, tokens_mlp_width = shape_of(shapes, token, 2)
+    fields: dict[str, Any] = {
+        "image_size": image_size_for(entries, (rows, columns), [hints.get("image_size")], token),
+        "in_channels": channels,
+        "num_classes": flax.classes_in(shapes, f"{prefix}head/kernel"),
+        "depth": flax.check_depth(count(shapes, rf"{prefix}MixerBlock_(\d+)/")),
+        "width": width,
+        "tokens_mlp_width": tokens_mlp_width,
+        "channels_mlp_width": shape_of(shapes, channel, 2)[1],
+        "patch_size": (rows, columns),
+        "activation": "gelu_tanh",
+    }
+    return spec_of(MixerSpec, fields, hints)
 
 
 # Rules --------------------------------------------------------------------------------------------
@@ -199,60 +129,51 @@ def _mixer(shapes: Shapes, prefix: str, hints: dict[str, Any]) -> MixerSpec:
 
 def _rules(spec: ViTSpec | MixerSpec, prefix: str, parts: Sequence[str]) -> list[Rule]:
     rules = _mixer_rules(spec) if isinstance(spec, MixerSpec) else _vit_rules(spec, parts)
-    if spec.num_classes:
-        rules += dense("head", "head")
     return prefixed(rules, prefix)
 
 
 def _vit_rules(spec: ViTSpec, parts: Sequence[str]) -> list[Rule]:
     stem, (rows, columns) = spec.stem, spec.patch_size
     stride, channels = (1, spec.in_channels) if stem is None else (stem.stride, stem.channels)
-    block = encoder_block("Transformer/encoderblock_{i}", parts, spec.width, spec.heads)
-    rules = [
+    block = flax.encoder_block("Transformer/encoderblock_{i}", parts, spec.width, spec.heads)
+    kernel = (rows // stride, columns // stride, channels, spec.width)
+    return [
         *(_stem_rules(stem) if stem is not None else ()),
-        *patch_embedding("embedding", (rows // stride, columns // stride, channels, spec.width)),
+        *flax.vit_rules(spec, kernel, repeated(block, spec.depth)),
         rule("positions.0.table", POSITIONS),
-        *repeated(block, spec.depth),
-        *norm("norm", "Transformer/encoder_norm"),
     ]
-    if spec.pool == "token":
-        rules.append(rule("class_token", "cls"))
-    if spec.head == "mlp" and spec.num_classes:
-        rules += dense("pre_logits", "pre_logits")
-    return rules
 
 
 def _stem_rules(stem: StemSpec) -> list[Rule]:
-    rules = [
-        *convolution("stem.root", "conv_root"),
-        *norm("stem.root_norm", "gn_root", GROUP_SCALE),
-    ]
+    names = {"stem.root": "conv_root", "stem.root_norm": "gn_root"}
     for stage, units in enumerate(stem.layers):
-        for unit in range(units):
-            ours, theirs = f"stem.stages.{stage}.{unit}", f"block{stage + 1}/unit{unit + 1}"
-            for k in (1, 2, 3):
-                rules += convolution(f"{ours}.conv{k}", f"{theirs}/conv{k}")
-                rules += norm(f"{ours}.norm{k}", f"{theirs}/gn{k}", GROUP_SCALE)
-        rules += convolution(
-            f"stem.stages.{stage}.0.downsample", f"block{stage + 1}/unit1/conv_proj"
-        )
-        rules += norm(
-            f"stem.stages.{stage}.0.downsample_norm", f"block{stage + 1}/unit1/gn_proj", GROUP_SCALE
+        ours, theirs = f"stem.stages.{stage}", f"block{stage + 1}"
+        for unit, k in itertools.product(range(units), (1, 2, 3)):
+            names[f"{ours}.{unit}.conv{k}"] = f"{theirs}/unit{unit + 1}/conv{k}"
+            names[f"{ours}.{unit}.norm{k}"] = f"{theirs}/unit{unit + 1}/gn{k}"
+        names[f"{ours}.0.downsample"] = f"{theirs}/unit1/conv_proj"
+        names[f"{ours}.0.downsample_norm"] = f"{theirs}/unit1/gn_proj"
+    rules: list[Rule] = []
+    for ours, theirs in names.items():
+        is_norm = "gn" in theirs
+        rules += (
+            flax.norm(ours, theirs, flax.GROUP_SCALE) if is_norm else flax.convolution(ours, theirs)
         )
     return rules
 
 
 def _mixer_rules(spec: MixerSpec) -> list[Rule]:
     block = [
-        *norm("blocks.{i}.norm1", "MixerBlock_{i}/LayerNorm_0"),
-        *dense("blocks.{i}.tokens.hidden", "MixerBlock_{i}/token_mixing/Dense_0"),
-        *dense("blocks.{i}.tokens.output", "MixerBlock_{i}/token_mixing/Dense_1"),
-        *norm("blocks.{i}.norm2", "MixerBlock_{i}/LayerNorm_1"),
-        *dense("blocks.{i}.channels.hidden", "MixerBlock_{i}/channel_mixing/Dense_0"),
-        *dense("blocks.{i}.channels.output", "MixerBlock_{i}/channel_mixing/Dense_1"),
+        *flax.norm("blocks.{i}.norm1", "MixerBlock_{i}/LayerNorm_0"),
+        *flax.dense("blocks.{i}.tokens.hidden", "MixerBlock_{i}/token_mixing/Dense_0"),
+        *flax.dense("blocks.{i}.tokens.output", "MixerBlock_{i}/token_mixing/Dense_1"),
+        *flax.norm("blocks.{i}.norm2", "MixerBlock_{i}/LayerNorm_1"),
+        *flax.dense("blocks.{i}.channels.hidden", "MixerBlock_{i}/channel_mixing/Dense_0"),
+        *flax.dense("blocks.{i}.channels.output", "MixerBlock_{i}/channel_mixing/Dense_1"),
     ]
     return [
-        *patch_embedding("stem", (*spec.patch_size, spec.in_channels, spec.width)),
+        *flax.patch_embedding("stem", (*spec.patch_size, spec.in_channels, spec.width)),
         *repeated(block, spec.depth),
-        *norm("norm", "pre_head_layer_norm"),
+        *flax.norm("norm", "pre_head_layer_norm"),
+        *(flax.dense("head", "head") if spec.num_classes else ()),
     ]

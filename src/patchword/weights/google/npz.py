@@ -10,6 +10,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -31,13 +32,15 @@ UNREADABLE = (
 """What reading a damaged archive may raise."""
 
 
-class Contents(NamedTuple):
+@dataclass(frozen=True)
+class Contents:
     """The tensors of a file, not yet read."""
 
     shapes: dict[str, tuple[int, ...]]
     tensor: Callable[[str], Tensor]
     """one by name, of the dtype it is stored in; raises `PatchwordError` if it cannot be read"""
-    metadata: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    """of a safetensors header"""
 
 
 class _Array(NamedTuple):

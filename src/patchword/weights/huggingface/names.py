@@ -7,7 +7,7 @@ Version 5 renamed the parts of its blocks in memory; files, on the hub and from 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,12 @@ from patchword.weights.mapping import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class PartNames:
     """What a family calls its parts, each a layer with weight and bias unless it says otherwise."""
 
     block: str
     norms: tuple[str, str]
-    attention: tuple[str, str, str, str]
+    attention: tuple[str, ...]
     """query, key, value, projection"""
     hidden: tuple[str, ...]
     """two where SwiGLU's gate and value are apart"""
@@ -50,57 +50,40 @@ class Layout:
 
 
 _ATTENTION = (
-    "attention.attention.query",
-    "attention.attention.key",
-    "attention.attention.value",
+    *(f"attention.attention.{n}" for n in ("query", "key", "value")),
     "attention.output.dense",
 )
-_ATTENTION_5 = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
-_VIT_NORMS = ("layernorm_before", "layernorm_after")
-_DINO: dict[str, Any] = {
-    "block": "encoder.layer.{i}.",
-    "norms": ("norm1", "norm2"),
-    "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
-}
-_SWIGLU: dict[str, Any] = _DINO | {"activation": "swiglu"}
-
-LAYOUTS = {
-    "vit": Layout(
-        block="encoder.layer.{i}.",
-        norms=_VIT_NORMS,
-        attention=_ATTENTION,
-        hidden=("intermediate.dense",),
-        output="output.dense",
+_5: dict[str, Any] = {"attention": tuple(f"attention.{n}_proj" for n in "qkvo")}
+_VIT = PartNames(
+    block="encoder.layer.{i}.",
+    norms=("layernorm_before", "layernorm_after"),
+    attention=_ATTENTION,
+    hidden=("intermediate.dense",),
+    output="output.dense",
+)
+_DINO = PartNames(
+    block="encoder.layer.{i}.",
+    norms=("norm1", "norm2"),
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    attention=_ATTENTION,
+    hidden=("mlp.fc1",),
+    output="mlp.fc2",
+)
+_SWIGLU = replace(_DINO, activation="swiglu", hidden=("mlp.weights_in",), output="mlp.weights_out")
+_SWIGLU_5: dict[str, Any] = {"hidden": ("mlp.gate_proj", "mlp.up_proj"), "output": "mlp.down_proj"}
+PARTS = {
+    "vit": _VIT,
+    "vit, version 5": replace(
+        _VIT, **_5, block="layers.{i}.", hidden=("mlp.fc1",), output="mlp.fc2"
     ),
-    "vit, version 5": Layout(
-        block="layers.{i}.",
-        norms=_VIT_NORMS,
-        attention=_ATTENTION_5,
-        hidden=("mlp.fc1",),
-        output="mlp.fc2",
-    ),
-    "dinov2": Layout(**_DINO, attention=_ATTENTION, hidden=("mlp.fc1",), output="mlp.fc2"),
-    "dinov2, version 5": Layout(
-        **_DINO, attention=_ATTENTION_5, hidden=("mlp.fc1",), output="mlp.fc2"
-    ),
-    "dinov2 swiglu": Layout(
-        **_SWIGLU, attention=_ATTENTION, hidden=("mlp.weights_in",), output="mlp.weights_out"
-    ),
-    "dinov2 swiglu, version 5": Layout(
-        **_SWIGLU,
-        attention=_ATTENTION_5,
-        hidden=("mlp.gate_proj", "mlp.up_proj"),
-        output="mlp.down_proj",
-    ),
-    "siglip": Layout(
+    "dinov2": _DINO,
+    "dinov2, version 5": replace(_DINO, **_5),
+    "dinov2 swiglu": _SWIGLU,
+    "dinov2 swiglu, version 5": replace(_SWIGLU, **_5, **_SWIGLU_5),
+    "siglip": PartNames(
         block="encoder.layers.{i}.",
         norms=("layer_norm1", "layer_norm2"),
-        attention=(
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.out_proj",
-        ),
+        attention=tuple(f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "out_proj")),
         hidden=("mlp.fc1",),
         output="mlp.fc2",
         patch="embeddings.patch_embedding",
@@ -146,10 +129,10 @@ POOL = [
 ]
 
 
-def block_rules(layout: Layout, *, qkv_bias: bool = True) -> list[Rule]:
+def block_rules(parts: PartNames, *, qkv_bias: bool = True) -> list[Rule]:
     """The rules of block `{i}`, without its prefix."""
-    ours, theirs = "blocks.{i}.", layout.block
-    *qkv, projection = layout.attention
+    ours, theirs = "blocks.{i}.", parts.block
+    *qkv, projection = parts.attention
     weights, biases = (tuple(f"{theirs}{n}.{kind}" for n in qkv) for kind in ("weight", "bias"))
     to = f"{ours}attention.qkv"
     rules = (
@@ -158,35 +141,35 @@ def block_rules(layout: Layout, *, qkv_bias: bool = True) -> list[Rule]:
         else [rule((f"{to}.weight", f"{to}.bias"), weights, NO_BIAS)]
     )
     rules += layer(f"{ours}attention.projection", f"{theirs}{projection}")
-    rules += layer(f"{ours}mlp.output", f"{theirs}{layout.output}")
+    rules += layer(f"{ours}mlp.output", f"{theirs}{parts.output}")
     for kind in ("weight", "bias"):
-        names = tuple(f"{theirs}{name}.{kind}" for name in layout.hidden)
+        names = tuple(f"{theirs}{name}.{kind}" for name in parts.hidden)
         op = joined(2) if len(names) == 2 else SAME
         rules.append(rule(f"{ours}mlp.hidden.{kind}", names, op))
-    for number, norm in enumerate(layout.norms, 1):
+    for number, norm in enumerate(parts.norms, 1):
         rules += layer(f"{ours}norm{number}", f"{theirs}{norm}")
-    for number, scale in enumerate(layout.scales, 1):
+    for number, scale in enumerate(parts.scales, 1):
         rules.append(rule(f"{ours}scale{number}", f"{theirs}{scale}"))
     return rules
 
 
 def rules_for(
-    spec: ViTSpec, layout: Layout, prefix: str, *, qkv_bias: bool = True, mask_token: bool = False
+    spec: ViTSpec, parts: PartNames, prefix: str, *, qkv_bias: bool = True, mask_token: bool = False
 ) -> list[Rule]:
-    """The rules of a model in a layout, whose body's names begin with `prefix`."""
+    """The rules of a model whose parts are named so, after `prefix`."""
     table = (spec.leading + math.prod(spec.grid), spec.width)
     flat = viewed((1, *table), table)
     conv = patches(spec.patch_size, spec.in_channels)
     body = [
-        rule("patch_embedding.weight", f"{layout.patch}.weight", conv),
-        rule("patch_embedding.bias", f"{layout.patch}.bias"),
+        rule("patch_embedding.weight", f"{parts.patch}.weight", conv),
+        rule("patch_embedding.bias", f"{parts.patch}.bias"),
         rule(
             "positions.0.table",
-            layout.position,
-            flat if layout.position.endswith(".weight") else SAME,
+            parts.position,
+            flat if parts.position.endswith(".weight") else SAME,
         ),
-        *repeated(block_rules(layout, qkv_bias=qkv_bias), spec.depth),
-        *layer("norm", layout.norm),
+        *repeated(block_rules(parts, qkv_bias=qkv_bias), spec.depth),
+        *layer("norm", parts.norm),
     ]
     if spec.pool in ("token", "token+gap"):
         tokens = ("embeddings.cls_token", "embeddings.mask_token")

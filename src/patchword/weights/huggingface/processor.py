@@ -19,10 +19,10 @@ def read(
     """The preprocessing for a model, and what a user should know; `default` holds for what
     `values` leave open. Raises `PatchwordError` on values that make no sense."""
     notes: list[str] = []
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     resample = values.get("resample", -1)
     if type(resample) is int and resample in RESAMPLE:
-        found["interpolation"] = RESAMPLE[resample]
+        fields["interpolation"] = RESAMPLE[resample]
     elif resample != -1:
         notes.append(
             f"resampling {resample!r:.20} is not known here; {default.interpolation} instead"
@@ -30,9 +30,9 @@ def read(
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         value = values.get(theirs, getattr(default, ours))
         plain = value if isinstance(value, (list, tuple)) else [value] * spec.in_channels
-        found[ours] = list(plain)
+        fields[ours] = list(plain)
     resize, more = _resize(values, spec)
-    kept = to_dict(default) | found | resize
+    kept = to_dict(default) | fields | resize
     preprocess = parse(PreprocessSpec, kept, "preprocessor_config.json")
     return _scaled(values, preprocess, spec), [*notes, *more]
 

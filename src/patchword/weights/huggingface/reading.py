@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchword.spec.model import ModelSpec, PreprocessSpec, ViTSpec
-from patchword.spec.parse import PatchwordError, nearest, parse
-from patchword.weights import mapping
+from patchword.spec.parse import PatchwordError, nearest
 from patchword.weights.huggingface import processor
-from patchword.weights.huggingface.names import ACTIVATIONS, LAYOUTS, Layout, rules_for
-from patchword.weights.mapping import Config, Found, Shapes, count, guess_heads, shape_of
+from patchword.weights.huggingface.names import ACTIVATIONS, PARTS, PartNames, rules_for
+from patchword.weights.mapping import Reading
+from patchword.weights.shapes import (
+    Config,
+    Hints,
+    Shapes,
+    count,
+    guess_heads,
+    image_size_for,
+    shape_of,
+    spec_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +35,8 @@ class Kind:
 
 _IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _DINO = Kind(norm_eps=1e-6, preprocess=PreprocessSpec(**_IMAGENET))
-_SIGLIP = Kind(
-    norm_eps=1e-6,
-    activation="gelu_pytorch_tanh",
-    preprocess=PreprocessSpec(resize="stretch"),
-)
+_STRETCHED = PreprocessSpec(resize="stretch")
+_SIGLIP = Kind(norm_eps=1e-6, activation="gelu_pytorch_tanh", preprocess=_STRETCHED)
 KINDS = {
     "vit": Kind(preprocess=PreprocessSpec(interpolation="bilinear", resize="stretch")),
     "deit": Kind(preprocess=PreprocessSpec(**_IMAGENET)),
@@ -56,7 +62,7 @@ def recognises(shapes: Shapes, config: Config) -> bool:
     return any(_PATCH.fullmatch(name) for name in shapes)
 
 
-def find(shapes: Shapes, config: Config, hints: Mapping[str, Any]) -> Found:
+def find(shapes: Shapes, config: Config, hints: Hints) -> Reading:
     """The model of a file. `config` is `config.json`, with `preprocessor_config.json` under
     `preprocessor`; both may be missing.
 
@@ -65,33 +71,28 @@ def find(shapes: Shapes, config: Config, hints: Mapping[str, Any]) -> Found:
     """
     match = next(m for m in map(_PATCH.fullmatch, sorted(shapes)) if m)
     prefix = match[1] or ""
-    layout = _layout(shapes, prefix)
-    kind = _kind(shapes, config, prefix, layout)
+    parts = _parts(shapes, prefix)
+    kind = _kind(shapes, config, prefix, parts)
     body = config.get("vision_config", config)
     if not isinstance(body, Mapping):
         raise PatchwordError("config.json: vision_config is no object")
-    spec = _spec(shapes, config, body, hints, prefix, layout, kind)
-    ignored, notes = _left_out(shapes, prefix, spec, layout)
+    spec = _spec(shapes, config, body, hints, prefix, parts, kind)
+    ignored, notes = _left_out(shapes, prefix, spec, parts)
     if not config.keys() - {"preprocessor"}:
         notes.append(
             f"no config.json: {spec.heads} heads, LayerNorm eps {spec.norm_eps:g} and "
             f"{spec.activation} assumed"
         )
-    given = config.get("preprocessor", {})
-    if not isinstance(given, Mapping):
+    processed = config.get("preprocessor", {})
+    if not isinstance(processed, Mapping):
         raise PatchwordError("preprocessor_config.json is no object")
-    preprocess, more = processor.read(given, spec, KINDS[kind].preprocess)
-    if not given:
+    preprocess, more = processor.read(processed, spec, KINDS[kind].preprocess)
+    if not processed:
         notes.append("no preprocessor_config.json: that of the kind's published models assumed")
-    query = re.escape(layout.attention[0])
-    return Found(
+    query = re.compile(rf".*\.{re.escape(parts.attention[0])}\.bias")
+    return Reading(
         spec=spec,
-        rules=rules_for(
-            spec,
-            layout,
-            prefix,
-            qkv_bias=any(re.search(rf"\.{query}\.bias$", name) for name in shapes),
-        ),
+        rules=rules_for(spec, parts, prefix, qkv_bias=any(map(query.fullmatch, shapes))),
         preprocess=preprocess,
         classes=_classes(config, spec),
         ignored=ignored,
@@ -99,17 +100,17 @@ def find(shapes: Shapes, config: Config, hints: Mapping[str, Any]) -> Found:
     )
 
 
-def _layout(shapes: Shapes, prefix: str) -> Layout:
-    """The layout that explains most of the names."""
+def _parts(shapes: Shapes, prefix: str) -> PartNames:
+    """The family that explains most of the names."""
 
-    def explained(layout: Layout) -> int:
-        parts = [*layout.norms, *layout.attention, *layout.hidden, layout.output]
-        names = [re.escape(part) + r"\.(?:weight|bias)" for part in parts]
-        names += map(re.escape, layout.scales)
-        pattern = re.compile(_blocks(prefix, layout) + rf"(?:{'|'.join(names)})")
+    def explained(parts: PartNames) -> int:
+        layers = [*parts.norms, *parts.attention, *parts.hidden, parts.output]
+        names = [re.escape(name) + r"\.(?:weight|bias)" for name in layers]
+        names += map(re.escape, parts.scales)
+        pattern = re.compile(_blocks(prefix, parts) + rf"(?:{'|'.join(names)})")
         return sum(pattern.fullmatch(name) is not None for name in shapes)
 
-    best = max(LAYOUTS.values(), key=explained)
+    best = max(PARTS.values(), key=explained)
     if not explained(best):
         raise PatchwordError(
             "the names are those of transformers, but of no architecture known here: "
@@ -118,24 +119,24 @@ def _layout(shapes: Shapes, prefix: str) -> Layout:
     return best
 
 
-def _blocks(prefix: str, layout: Layout) -> str:
+def _blocks(prefix: str, parts: PartNames) -> str:
     """A regular expression of how names of blocks begin, with one group, the number."""
-    return re.escape(prefix + layout.block).replace(r"\{i\}", r"(\d+)")
+    return re.escape(prefix + parts.block).replace(r"\{i\}", r"(\d+)")
 
 
-def _kind(shapes: Shapes, config: Config, prefix: str, layout: Layout) -> str:
+def _kind(shapes: Shapes, config: Config, prefix: str, parts: PartNames) -> str:
     """The `model_type`, from the configuration or else from names."""
     if "model_type" in config:
-        given = str(config["model_type"])
-        if given not in KINDS:
+        kind = str(config["model_type"])
+        if kind not in KINDS:
             raise PatchwordError(
-                f"config.json: patchword does not have model_type {given!r:.40}"
-                + nearest(given, KINDS)
+                f"config.json: patchword does not have model_type {kind!r:.40}"
+                + nearest(kind, KINDS)
             )
-        return given
-    if layout is LAYOUTS["siglip"]:
+        return kind
+    if parts is PARTS["siglip"]:
         return "siglip_vision_model"
-    if layout.scales:
+    if parts.scales:
         return "dinov2"
     if f"{prefix}embeddings.distillation_token" in shapes:
         return "deit"
@@ -146,18 +147,18 @@ def _spec(
     shapes: Shapes,
     config: Config,
     body: Mapping[str, Any],
-    hints: Mapping[str, Any],
+    hints: Hints,
     prefix: str,
-    layout: Layout,
+    parts: PartNames,
     kind: str,
 ) -> ViTSpec:
-    width, channels, *patch = shape_of(shapes, f"{prefix}{layout.patch}.weight", 4)
+    width, channels, *patch = shape_of(shapes, f"{prefix}{parts.patch}.weight", 4)
     if min(patch) < 1:
         raise PatchwordError(f"patches are {patch} pixels; the file is damaged")
-    output = f"{prefix}{layout.block}{layout.output}.weight".replace("{i}", "0")
+    output = f"{prefix}{parts.block}{parts.output}.weight".replace("{i}", "0")
     told = {  # by the tensors, which the configuration may not contradict
         "hidden_size": width,
-        "num_hidden_layers": count(shapes, _blocks(prefix, layout)),
+        "num_hidden_layers": count(shapes, _blocks(prefix, parts)),
         "intermediate_size": shape_of(shapes, output, 2)[1],
         "num_channels": channels,
     }
@@ -166,14 +167,14 @@ def _spec(
             raise PatchwordError(
                 f"config.json: {name} is {body[name]!r:.40}, the tensors say {value}"
             )
-    tokens = _tokens(shapes, prefix, layout)
+    tokens = _tokens(shapes, prefix, parts)
     known = bool(config.keys() - {"preprocessor"})
     leading = (tokens["pool"] in ("token", "token+gap")) + (tokens["distillation"] != "none")
-    siglip = layout is LAYOUTS["siglip"]
-    entries = shape_of(shapes, prefix + layout.position, 2 if siglip else 3)[-2] - leading
+    siglip = parts is PARTS["siglip"]
+    entries = shape_of(shapes, prefix + parts.position, 2 if siglip else 3)[-2] - leading
     sizes = [hints.get("image_size"), body.get("image_size", 224 if known else None)]
     activation = str(body.get("hidden_act", KINDS[kind].activation))
-    if layout.activation is None and activation not in ACTIVATIONS:
+    if parts.activation is None and activation not in ACTIVATIONS:
         raise PatchwordError(
             f"config.json: hidden_act {activation!r:.40} is not known here"
             + nearest(activation, ACTIVATIONS)
@@ -187,31 +188,26 @@ def _spec(
         "mlp_width": told["intermediate_size"],
         "heads": body.get("num_attention_heads", 12 if known else guess_heads(width)),
         "patch_size": patch,
-        "activation": layout.activation or ACTIVATIONS[activation],
-        "layer_scale": body.get("layerscale_value", 1.0) if layout.scales else None,
+        "activation": parts.activation or ACTIVATIONS[activation],
+        "layer_scale": body.get("layerscale_value", 1.0) if parts.scales else None,
         "norm_eps": body.get("layer_norm_eps", KINDS[kind].norm_eps),
         "probability": "sigmoid" if several else "softmax",
     }
-    hints = {name: value for name, value in hints.items() if name != "image_size"}
-    return parse(ViTSpec, values | tokens | hints)
+    return spec_of(ViTSpec, values | tokens, hints)
 
 
-def _tokens(shapes: Shapes, prefix: str, layout: Layout) -> dict[str, Any]:
+def _tokens(shapes: Shapes, prefix: str, parts: PartNames) -> dict[str, Any]:
     """The fields of the spec on tokens, pooling and classes."""
     teacher = "distillation_classifier.weight" in shapes
     head = "cls_classifier.weight" if teacher else "classifier.weight"
     classes = shape_of(shapes, head, 2)[0] if head in shapes else 0
     registers = f"{prefix}embeddings.register_tokens"
-    if layout is LAYOUTS["siglip"]:
-        mapped = f"{prefix}head.probe" in shapes and not classes
-        return {
-            "pool": "map" if mapped else "gap",
-            "num_classes": classes,
-            "distillation": "none",
-        }
+    if parts is PARTS["siglip"]:
+        pool = "map" if f"{prefix}head.probe" in shapes and not classes else "gap"
+        return {"pool": pool, "num_classes": classes, "distillation": "none"}
     distilled = f"{prefix}embeddings.distillation_token" in shapes
     return {
-        "pool": "token+gap" if layout.scales and classes else "token",
+        "pool": "token+gap" if parts.scales and classes else "token",
         "num_classes": classes,
         "registers": shape_of(shapes, registers, 3)[1] if registers in shapes else 0,
         "distillation": "head" if teacher else "token" if distilled else "none",
@@ -232,15 +228,15 @@ def _image_size(entries: int, patch: list[int], sizes: list[Any]) -> list[int]:
             f"the position table is of {entries} patches, those of images of {known[-1][0]}x"
             f"{known[-1][1]} px are another number; correct image_size in config.json"
         )
-    return list(mapping.square_grid(entries, (patch[0], patch[1]), "no config.json"))
+    return list(image_size_for(entries, patch, (), "no config.json"))
 
 
 def _left_out(
-    shapes: Shapes, prefix: str, spec: ViTSpec, layout: Layout
+    shapes: Shapes, prefix: str, spec: ViTSpec, parts: PartNames
 ) -> tuple[tuple[str, ...], list[str]]:
     """Patterns of the tensors that our model does not need, and what to say of them."""
     table = dict(LEFT_OUT)
-    if layout is LAYOUTS["siglip"] and spec.pool == "gap":
+    if parts is PARTS["siglip"] and spec.pool == "gap":
         table[re.escape(prefix) + r"head\..*"] = "the attention pooling, which this class skips"
     present = {p: what for p, what in table.items() if any(re.fullmatch(p, n) for n in shapes)}
     return tuple(present), [f"left out: {what}" for what in present.values() if what]
@@ -252,9 +248,6 @@ def _classes(config: Config, spec: ModelSpec) -> tuple[str, ...]:
     if not isinstance(labels, Mapping):
         return ()
     names = {str(key): str(value) for key, value in labels.items()}
-    wanted = [str(number) for number in range(spec.num_classes)]
-    if sorted(names) != sorted(wanted) or all(
-        re.fullmatch(r"LABEL_\d+", name) for name in names.values()
-    ):
-        return ()
-    return tuple(names[key] for key in wanted)
+    keys = [str(number) for number in range(spec.num_classes)]
+    placeholders = all(re.fullmatch(r"LABEL_\d+", name) for name in names.values())
+    return () if sorted(names) != sorted(keys) or placeholders else tuple(names[k] for k in keys)

@@ -2,62 +2,53 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from patchword.models.model import Model
-from patchword.models.position import PositionTable
 from patchword.models.vit import ViT
 from patchword.spec.model import ViTSpec
-from patchword.spec.parse import PatchwordError
 from patchword.weights import mapping
+from patchword.weights.held import ANY, VIT, Held, check_held, no_place, position_table
 from patchword.weights.huggingface import processor
-from patchword.weights.huggingface.names import ACTIVATIONS, LAYOUTS, rules_for
+from patchword.weights.huggingface.names import ACTIVATIONS, PARTS, rules_for
 from patchword.weights.mapping import Written
 
+SIGLIP, WITH = (
+    ("SiglipVisionModel", "siglip_vision_model", "vision_model."),
+    "dinov2_with_registers",
+)
 CLASSES = {
-    ("token", "none", False, False, True): ("ViTForImageClassification", "vit", "vit."),
-    ("token", "none", False, False, False): ("ViTModel", "vit", ""),
-    ("token", "token", False, False, True): ("DeiTForImageClassification", "deit", "deit."),
-    ("token", "head", False, False, True): (
-        "DeiTForImageClassificationWithTeacher",
-        "deit",
-        "deit.",
+    "token none - - classes": ("ViTForImageClassification", "vit", "vit."),
+    "token none - - -": ("ViTModel", "vit", ""),
+    "token token - - classes": ("DeiTForImageClassification", "deit", "deit."),
+    "token head - - classes": ("DeiTForImageClassificationWithTeacher", "deit", "deit."),
+    "token token - - -": ("DeiTModel", "deit", ""),
+    "token+gap none scaled - classes": ("Dinov2ForImageClassification", "dinov2", "dinov2."),
+    "token none scaled - -": ("Dinov2Model", "dinov2", ""),
+    "token+gap none scaled registers classes": (
+        *("Dinov2WithRegistersForImageClassification", WITH, f"{WITH}."),
     ),
-    ("token", "token", False, False, False): ("DeiTModel", "deit", ""),
-    ("token+gap", "none", True, False, True): ("Dinov2ForImageClassification", "dinov2", "dinov2."),
-    ("token", "none", True, False, False): ("Dinov2Model", "dinov2", ""),
-    ("token+gap", "none", True, True, True): (
-        "Dinov2WithRegistersForImageClassification",
-        "dinov2_with_registers",
-        "dinov2_with_registers.",
-    ),
-    ("token", "none", True, True, False): (
-        "Dinov2WithRegistersModel",
-        "dinov2_with_registers",
-        "",
-    ),
-    ("map", "none", False, False, False): (
-        "SiglipVisionModel",
-        "siglip_vision_model",
-        "vision_model.",
-    ),
-    ("gap", "none", False, False, False): (
-        "SiglipVisionModel",
-        "siglip_vision_model",
-        "vision_model.",
-    ),
-    ("gap", "none", False, False, True): (
-        "SiglipForImageClassification",
-        "siglip",
-        "vision_model.",
-    ),
+    "token none scaled registers -": ("Dinov2WithRegistersModel", WITH, ""),
+    "map none - - -": SIGLIP,
+    "gap none - - -": SIGLIP,
+    "gap none - - classes": ("SiglipForImageClassification", "siglip", "vision_model."),
 }
-"""The class, its `model_type` and how names of its body begin, for (pooling, distillation token,
-LayerScale, registers, classes)."""
+"""The class, its `model_type` and how names of its body begin, for pooling, distillation token,
+LayerScale, registers and classes."""
+HELD: Held = {
+    ViTSpec: {
+        **VIT,
+        "pool": ANY,
+        "position": ("none", "learned-1d", "learned-2d", "sincos2d"),
+        "activation": ANY,
+        "layer_scale": ANY,
+        "registers": ANY,
+        "distillation": ANY,
+        "norm_eps": ANY,
+    }
+}
+"""one by one; together as `CLASSES` has them"""
+TITLE = "transformers"
 
 
 def write(model: Model) -> Written:
@@ -66,28 +57,13 @@ def write(model: Model) -> Written:
 
     Raises `PatchwordError` if there is no such class.
     """
+    check_held(model.spec, HELD, TITLE)
+    assert isinstance(model, ViT)
     spec = model.spec
-    if not isinstance(spec, ViTSpec) or not isinstance(model, ViT):
-        raise _refusal("models other than Vision Transformers")
-    for condition, reason in _obstacles(spec):
-        if condition:
-            raise _refusal(reason)
-    scaled, classified = spec.layer_scale is not None, spec.num_classes > 0
-    distillation = "token" if spec.distillation == "head" and not classified else spec.distillation
-    key = (spec.pool, distillation, scaled, spec.registers > 0, classified)
-    if key not in CLASSES:
-        raise _refusal(
-            f"pool={spec.pool}, distillation={spec.distillation}, layer_scale={spec.layer_scale}, "
-            f"registers={spec.registers} and num_classes={spec.num_classes} together"
-        )
-    name, kind, prefix = CLASSES[key]
-    if kind not in ("vit", "deit") and spec.image_size[0] != spec.image_size[1]:
-        raise _refusal(f"images that are not square in {name}")
-    if _layout(spec) == "siglip" and spec.patch_size[0] != spec.patch_size[1]:
-        raise _refusal(f"patches that are not square in {name}")
+    name, kind, prefix = _class_for(spec)
     tensors = {n: v for n, v in model.state_dict().items() if not n.startswith("positions.")}
-    tensors["positions.0.table"] = _position_table(model)
-    rules = rules_for(spec, LAYOUTS[_layout(spec)], prefix, mask_token=scaled)
+    tensors["positions.0.table"] = position_table(model)
+    rules = rules_for(spec, PARTS[_parts(spec)], prefix, mask_token=spec.layer_scale is not None)
     return Written(
         tensors=mapping.write(tensors, rules),
         config=_config(model, spec, name, kind),
@@ -95,40 +71,38 @@ def write(model: Model) -> Written:
     )
 
 
-def _layout(spec: ViTSpec) -> str:
+def _class_for(spec: ViTSpec) -> tuple[str, str, str]:
+    """The row of `CLASSES`. Raises `PatchwordError` if no class has all of a spec's parts."""
+    scaled, classified = spec.layer_scale is not None, spec.num_classes > 0
+    distillation = "token" if spec.distillation == "head" and not classified else spec.distillation
+    parts = {"scaled": scaled, "registers": spec.registers > 0, "classes": classified}
+    key = " ".join([spec.pool, distillation, *(n if has else "-" for n, has in parts.items())])
+    if spec.activation == "swiglu" and not scaled:
+        raise no_place(TITLE, "activation swiglu without layer_scale")
+    if scaled and _mlp_ratio(spec) is None:
+        times = f"{spec.mlp_width / spec.width:.3g} times the model"
+        raise no_place(TITLE, f"layer_scale with mlp_width {spec.mlp_width}, {times}")
+    if key not in CLASSES:
+        raise no_place(
+            TITLE,
+            f"class for pool {spec.pool}, distillation {spec.distillation}, layer_scale "
+            f"{spec.layer_scale}, registers {spec.registers} and num_classes {spec.num_classes} "
+            "together",
+        )
+    name, kind, _ = CLASSES[key]
+    if kind not in ("vit", "deit") and spec.image_size[0] != spec.image_size[1]:
+        raise no_place(TITLE, f"image_size that is not square in {name}")
+    if _parts(spec) == "siglip" and spec.patch_size[0] != spec.patch_size[1]:
+        raise no_place(TITLE, f"patch_size that is not square in {name}")
+    return CLASSES[key]
+
+
+def _parts(spec: ViTSpec) -> str:
     if spec.pool in ("map", "gap"):
         return "siglip"
     if spec.layer_scale is None:
         return "vit"
     return "dinov2 swiglu" if spec.activation == "swiglu" else "dinov2"
-
-
-def _refusal(reason: str) -> PatchwordError:
-    return PatchwordError(
-        f"transformers has no class for {reason}; save in patchword's own format, or try timm's"
-    )
-
-
-def _obstacles(spec: ViTSpec) -> list[tuple[bool, str]]:
-    """Features that no class has, and whether the model has them."""
-    swiglu, scaled = spec.activation == "swiglu", spec.layer_scale is not None
-    return [
-        (spec.stem is not None, "a ResNet stem"),
-        (spec.qk_norm, "qk_norm"),
-        (spec.pool_norm, "pool_norm"),
-        (spec.head == "mlp" and spec.num_classes > 0, "a hidden layer in the head"),
-        (
-            spec.position in ("relative", "rotary")
-            or (spec.position != "none" and spec.position_at != "stem"),
-            f"position {spec.position} at {spec.position_at}",
-        ),
-        (swiglu and not scaled, "SwiGLU without LayerScale"),
-        (
-            scaled and _mlp_ratio(spec) is None,
-            f"LayerScale with an MLP {spec.mlp_width} wide, {spec.mlp_width / spec.width:.3g} "
-            "times the model",
-        ),
-    ]
 
 
 def _mlp_ratio(spec: ViTSpec) -> int | None:
@@ -140,20 +114,6 @@ def _mlp_ratio(spec: ViTSpec) -> int | None:
 
     ratios = range(1, 2 * spec.mlp_width // spec.width + 2)
     return next((ratio for ratio in ratios if width(ratio) == spec.mlp_width), None)
-
-
-@torch.no_grad()
-def _position_table(model: ViT) -> Tensor:
-    """What is added at the stem to leading tokens and patches, `[1, leading + N, D]`."""
-    spec = model.spec
-    tokens = spec.leading + math.prod(spec.grid)
-    table = model.patch_embedding.weight.new_zeros(1, tokens, spec.width)
-    if len(model.positions):
-        position = model.positions[0]
-        assert isinstance(position, PositionTable)
-        values = position()
-        table[:, tokens - values.shape[1] :] = values
-    return table
 
 
 def _config(model: ViT, spec: ViTSpec, name: str, kind: str) -> dict[str, Any]:

@@ -4,37 +4,63 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from patchword.models.mixer import Mixer
 from patchword.models.model import Model
-from patchword.models.resnet import ResNet
 from patchword.models.vit import ViT
+from patchword.spec.model import MixerSpec, ResNetSpec, ViTSpec
 from patchword.spec.parse import PatchwordError
-from patchword.weights.mapping import Config, Found, Shapes, Written
+from patchword.weights.held import ANY, COMMON, MIXER, VIT, Held, Near, check_held
+from patchword.weights.mapping import Reading, Written
+from patchword.weights.shapes import Config, Hints, Shapes
 from patchword.weights.timm import reading, resnet_mixer, writing
 from patchword.weights.timm.config import architecture
+from patchword.weights.timm.names import GROUP_EPS, LAYER_EPS
+
+FAMILIES = (
+    (reading.recognises, reading.find),
+    (resnet_mixer.is_mixer, resnet_mixer.find_mixer),
+    (resnet_mixer.is_bit, resnet_mixer.find_bit),
+)
+GROUP_NORM = Near(GROUP_EPS, "GroupNorm")
+HELD: Held = {
+    ViTSpec: {
+        **VIT,
+        "stem": {
+            **dict.fromkeys(("layers", "weight_eps", "weight_eps_in"), ANY),
+            "norm_eps": GROUP_NORM,
+        },
+        "pool": ("token", "gap", "map"),
+        "pool_norm": ANY,
+        "position": ("none", "learned-1d", "learned-2d", "sincos2d"),
+        "activation": ANY,
+        "layer_scale": ANY,
+        "registers": ANY,
+        "distillation": ANY,
+        "qk_norm": ANY,
+        "norm_eps": ANY,
+    },
+    ResNetSpec: {
+        **COMMON,
+        **dict.fromkeys(("layers", "width_factor", "weight_eps"), ANY),
+        "norm_eps": GROUP_NORM,
+    },
+    MixerSpec: {**MIXER, "norm_eps": Near(LAYER_EPS, "LayerNorm")},
+}
 
 
 def recognises(shapes: Shapes, config: Config) -> bool:
     """Whether names or configuration are timm's."""
-    known = (
-        reading.recognises(shapes) or resnet_mixer.is_mixer(shapes) or resnet_mixer.is_bit(shapes)
-    )
+    known = any(recognised(shapes) for recognised, _ in FAMILIES)
     return known or ("pretrained_cfg" in config and bool(architecture(config)))
 
 
-def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find(shapes: Shapes, config: Config, hints: Hints) -> Reading:
     """The spec and the rules of timm's names and shapes. `config` is its `config.json`, {} if there
     is none; `hints` are fields of the spec that win over what is inferred.
 
     Raises `PatchwordError` if it is no model that patchword has."""
-    if reading.recognises(shapes):
-        return reading.find(shapes, config, hints)
-    if resnet_mixer.is_mixer(shapes):
-        return resnet_mixer.find_mixer(shapes, config, hints)
-    if resnet_mixer.is_bit(shapes):
-        return resnet_mixer.find_bit(shapes, config, hints)
+    for recognised, find_family in FAMILIES:
+        if recognised(shapes):
+            return find_family(shapes, config, hints)
     name = architecture(config) or "model"
     raise PatchwordError(
         f"timm's {name} is none that patchword has: those are ViTs, DeiTs, hybrids, BiT ResNets "
@@ -47,12 +73,11 @@ def write(model: Model) -> Written:
 
     A position of the class and distillation tokens that is zero throughout is left out, as in
     timm's `no_embed_class`. Raises `PatchwordError` if timm has no such model."""
-    match model:
-        case ViT():
-            return writing.write(model)
-        case Mixer():
-            return resnet_mixer.write_mixer(model)
-        case ResNet():
-            return resnet_mixer.write_bit(model)
-        case _:
-            raise PatchwordError(f"timm's format has no place for a {type(model).__name__}")
+    spec = model.spec
+    check_held(spec, HELD, "timm")
+    if isinstance(model, ViT):
+        return writing.write(model)
+    if isinstance(spec, MixerSpec):
+        return resnet_mixer.write_mixer(model, spec)
+    assert isinstance(spec, ResNetSpec)
+    return resnet_mixer.write_bit(model, spec)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from patchword.models.model import Model
-from patchword.spec.model import PreprocessSpec
-from patchword.spec.parse import PatchwordError, parse, to_dict
-from patchword.weights.mapping import Config, Shapes
+from patchword.spec.model import ModelSpec, PreprocessSpec
+from patchword.spec.parse import PatchwordError, parse
+from patchword.weights.mapping import Reading, Rule
+from patchword.weights.shapes import Config, Hints
 
 Arguments = dict[str, Any]
 
@@ -121,16 +122,16 @@ VIT_NAMES = (
 
 def vit_arguments(name: str) -> Arguments:
     """The arguments that the name of a ViT stands for, those it does not say at their defaults."""
-    found = dict(VIT_DEFAULTS)
+    arguments = dict(VIT_DEFAULTS)
     size = re.match(r"(?:vit|deit3?)_([a-z0-9]+)_", name)
-    found |= SIZES.get(size[1], {}) if size else {}
+    arguments |= SIZES.get(size[1], {}) if size else {}
     for key, pattern in (("patch_size", r"_patch(\d+)"), ("img_size", r"_(\d{3})$")):
         number = re.search(pattern, name)
-        found |= {key: int(number[1])} if number else {}
-    for pattern, arguments in TRAITS:
+        arguments |= {key: int(number[1])} if number else {}
+    for pattern, more in TRAITS:
         if re.search(pattern, name):
-            found |= arguments
-    return found
+            arguments |= more
+    return arguments
 
 
 def nearest_vit(wanted: Arguments) -> tuple[str, Arguments]:
@@ -186,15 +187,7 @@ def architecture(config: Config) -> str:
     return name.split(".")[0] if isinstance(name, str) else ""
 
 
-def refuse_named(config: Config, names: tuple[tuple[str, str], ...]) -> None:
-    """Raises `PatchwordError` if the architecture is one of those that only look like ours."""
-    name = architecture(config)
-    for pattern, what in names:
-        if re.search(pattern, name):
-            raise PatchwordError(f"timm's {name} has another {what} than patchword's; use timm")
-
-
-def input_sizes(config: Config, hints: Mapping[str, Any]) -> list[tuple[int, int]]:
+def input_sizes(config: Config, hints: Hints) -> list[tuple[int, int]]:
     """The image sizes that hints and configuration name, the surest first."""
     pretrained = table(config, "pretrained_cfg")
     named = pretrained.get("input_size")
@@ -203,9 +196,24 @@ def input_sizes(config: Config, hints: Mapping[str, Any]) -> list[tuple[int, int
     return [size for size in map(sides, values) if size is not None]
 
 
-def classes_in(shapes: Shapes, name: str) -> int:
-    """The classes of the head whose weight is called so; 0 if there is none."""
-    return shapes[name][0] if shapes.get(name) else 0
+def reading_of(
+    spec: ModelSpec,
+    rules: list[Rule],
+    config: Config,
+    notes: list[str],
+    ignored: tuple[str, ...] = (),
+) -> Reading:
+    """What a configuration says besides the architecture, with the spec and its rules."""
+    preprocess = preprocess_in(config, spec.in_channels, notes)
+    classes = labels_in(config, spec.num_classes)
+    return Reading(
+        spec=spec,
+        rules=rules,
+        preprocess=preprocess,
+        classes=classes,
+        ignored=ignored,
+        notes=tuple(notes),
+    )
 
 
 def preprocess_in(config: Config, channels: int, notes: list[str]) -> PreprocessSpec:
@@ -257,7 +265,7 @@ def config_of(
 ) -> dict[str, Any]:
     """`config.json` of a model that is written under `name` with these `model_args`;
     `first_conv` and `classifier` name its first and last layers."""
-    spec, given = model.spec, to_dict(model.preprocess)
+    spec, preprocess = model.spec, model.preprocess
     config: dict[str, Any] = {
         "architecture": name,
         "num_classes": spec.num_classes,
@@ -266,11 +274,11 @@ def config_of(
             "num_classes": spec.num_classes,
             "input_size": [spec.in_channels, *spec.image_size],
             "fixed_input_size": fixed_size,
-            "interpolation": given["interpolation"],
-            "crop_pct": given["crop_fraction"],
-            "crop_mode": "squash" if given["resize"] == "stretch" else "center",
-            "mean": list(given["mean"]),
-            "std": list(given["std"]),
+            "interpolation": preprocess.interpolation,
+            "crop_pct": preprocess.crop_fraction,
+            "crop_mode": "squash" if preprocess.resize == "stretch" else "center",
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
             "first_conv": first_conv,
             "classifier": classifier,
         },

@@ -3,23 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from patchword.spec.model import StemSpec, ViTSpec
-from patchword.weights.mapping import (
-    SAME,
-    Op,
-    Rule,
-    Tensors,
-    each,
-    layer,
-    patches,
-    repeated,
-    rule,
-)
+from patchword.weights.mapping import SAME, Op, Rule, Tensors, each, layer, patches, repeated, rule
 
 BLOCK = [
     *layer("blocks.{i}.norm1", "blocks.{i}.norm1"),
@@ -50,14 +42,14 @@ POOL = [
 LEFTOVERS = (r"mask_token", r"decoder_.*")
 """of masked pre-training"""
 
-GROUP_EPS = 1e-5
-CONV_EPS = 1e-8
-"""of timm's GroupNorms, and of its weight standardisation, added to the variance"""
+LAYER_EPS, GROUP_EPS, CONV_EPS = 1e-6, 1e-5, 1e-8
+"""of most of timm's LayerNorms, of its GroupNorms, and of its weight standardisation, added to the
+variance"""
 STEM = "patch_embed.backbone."
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """What timm's tensors hold beyond what the spec says."""
 
     tokens: tuple[tuple[str, int], ...]
@@ -72,7 +64,7 @@ class Layout:
         return sum(number for _, number in self.tokens)
 
 
-def rules(spec: ViTSpec, layout: Layout) -> list[Rule]:
+def rules_for(spec: ViTSpec, layout: TokenLayout) -> list[Rule]:
     stride, channels = 1, spec.in_channels
     stem: list[Rule] = []
     if spec.stem is not None:
@@ -83,7 +75,7 @@ def rules(spec: ViTSpec, layout: Layout) -> list[Rule]:
     block += [QKV_BIAS] if layout.qkv_bias else []
     block += QK_NORM if spec.qk_norm else []
     block += LAYER_SCALE if spec.layer_scale is not None else []
-    found = [
+    rules = [
         *stem,
         *layer("patch_embedding", "patch_embed.proj", patches(patch, channels)),
         *token_rules(spec, layout),
@@ -91,14 +83,14 @@ def rules(spec: ViTSpec, layout: Layout) -> list[Rule]:
         *layer("norm", layout.norm),
     ]
     if not layout.qkv_bias:
-        found += repeated([_zero_bias(spec.width)], spec.depth)
-    found += POOL if spec.pool == "map" else []
+        rules += repeated([_zero_bias(spec.width)], spec.depth)
+    rules += POOL if spec.pool == "map" else []
     if spec.num_classes:
-        found += layer("head", "head")
-        found += layer("pre_logits", "pre_logits.fc") if spec.head == "mlp" else []
+        rules += layer("head", "head")
+        rules += layer("pre_logits", "pre_logits.fc") if spec.head == "mlp" else []
         if spec.distillation == "head":
-            found += layer("distillation_head", "head_dist")
-    return found
+            rules += layer("distillation_head", "head_dist")
+    return rules
 
 
 def _zero_bias(width: int) -> Rule:
@@ -110,7 +102,7 @@ def _zero_bias(width: int) -> Rule:
     )
 
 
-def token_rules(spec: ViTSpec, layout: Layout) -> list[Rule]:
+def token_rules(spec: ViTSpec, layout: TokenLayout) -> list[Rule]:
     """Tokens and their positions. Ours gives registers no position: theirs, where they have one,
     becomes part of the register. Theirs may give none to any token (`no_embed_class`)."""
     ours = [("class_token", int(spec.pool == "token"))]
@@ -123,18 +115,17 @@ def token_rules(spec: ViTSpec, layout: Layout) -> list[Rule]:
     names = tuple(name for name, _ in ours), tuple(name for name, _ in layout.tokens)
     sizes = [number for _, number in ours], [number for _, number in layout.tokens]
     leading, prefix = spec.leading, layout.prefix
-    table = (("positions.0.table",), ("pos_embed",)) if positions else ((), ())
+    last = (("positions.0.table",), ("pos_embed",)) if positions else ((), ())
 
     def read(tensors: Tensors) -> Tensors:
         tokens = torch.cat(tensors[: len(sizes[1])], dim=1)
         if not positions:
             return list(tokens.split(sizes[0], dim=1))
-        positions_of, patch = _split(tensors[-1], prefix if layout.embedded else 0)
-        if not layout.embedded:
-            positions_of = torch.zeros_like(tokens)
+        table, at = tensors[-1], prefix if layout.embedded else 0
+        positions_of = table[:, :at] if layout.embedded else torch.zeros_like(tokens)
         registers = tokens[:, leading:] + positions_of[:, leading:]
         tokens = torch.cat([tokens[:, :leading], registers], dim=1)
-        whole = torch.cat([positions_of[:, :leading], patch], dim=1)
+        whole = torch.cat([positions_of[:, :leading], table[:, at:]], dim=1)
         return [*tokens.split(sizes[0], dim=1), whole]
 
     def write(tensors: Tensors) -> Tensors:
@@ -142,38 +133,41 @@ def token_rules(spec: ViTSpec, layout: Layout) -> list[Rule]:
         parts = [part.clone() for part in tokens.split(sizes[1], dim=1)]
         if not positions:
             return parts
-        first, patch = _split(tensors[-1], leading)
+        first, patch = tensors[-1][:, :leading], tensors[-1][:, leading:]
         if layout.embedded:
             none = first.new_zeros(1, prefix - leading, first.shape[2])
             patch = torch.cat([first, none, patch], dim=1)
         return [*parts, patch]
 
-    return [Rule(names[0] + table[0], names[1] + table[1], Op(read, write))]
-
-
-def _split(table: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    return table[:, :at], table[:, at:]
+    return [Rule(names[0] + last[0], names[1] + last[1], Op(read, write))]
 
 
 def stem_rules(spec: StemSpec) -> list[Rule]:
     """The ResNet of a hybrid."""
-    scaled = same_filters(spec.weight_eps, spec.weight_eps_in)
+    filters = same_filters(spec.weight_eps, spec.weight_eps_in)
     root = f"{STEM}stem." if spec.layers else STEM
-    found = [rule("stem.root.weight", f"{root}conv.weight", scaled)]
-    found += layer("stem.root_norm", f"{root}norm")
-    for stage, blocks in enumerate(spec.layers):
-        ours, theirs = f"stem.stages.{stage}.", f"{STEM}stages.{stage}.blocks."
-        block: list[Rule] = []
-        for k in (1, 2, 3):
-            block.append(
-                rule(f"{ours}{{i}}.conv{k}.weight", f"{theirs}{{i}}.conv{k}.weight", scaled)
-            )
-            block += layer(f"{ours}{{i}}.norm{k}", f"{theirs}{{i}}.norm{k}")
-        found += repeated(block, blocks)
-        down = f"{ours}0.downsample", f"{theirs}0.downsample"
-        found.append(rule(f"{down[0]}.weight", f"{down[1]}.conv.weight", scaled))
-        found += layer(f"{down[0]}_norm", f"{down[1]}.norm")
-    return found
+    return [
+        rule("stem.root.weight", f"{root}conv.weight", filters),
+        *layer("stem.root_norm", f"{root}norm"),
+        *stage_rules(spec.layers, "stem.", STEM, filters, down_norm=True),
+    ]
+
+
+def stage_rules(
+    layers: Sequence[int], ours: str, theirs: str, filters: Op, *, down_norm: bool
+) -> list[Rule]:
+    """Stages of so many bottleneck blocks; the first of each has a convolution beside it, and a
+    norm after that if `down_norm`."""
+    rules: list[Rule] = []
+    for stage, blocks in enumerate(layers):
+        to, of = f"{ours}stages.{stage}.", f"{theirs}stages.{stage}.blocks."
+        for i, k in itertools.product(range(blocks), (1, 2, 3)):
+            rules.append(rule(f"{to}{i}.conv{k}.weight", f"{of}{i}.conv{k}.weight", filters))
+            rules += layer(f"{to}{i}.norm{k}", f"{of}{i}.norm{k}")
+        down = f"{of}0.downsample"
+        rules.append(rule(f"{to}0.downsample.weight", f"{down}.conv.weight", filters))
+        rules += layer(f"{to}0.downsample_norm", f"{down}.norm") if down_norm else []
+    return rules
 
 
 def same_filters(eps: float, eps_in: str) -> Op:

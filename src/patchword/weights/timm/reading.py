@@ -7,30 +7,38 @@ import re
 from typing import Any
 
 from patchword.spec.model import StemSpec, ViTSpec
-from patchword.spec.parse import PatchwordError, parse
-from patchword.weights.mapping import (
+from patchword.spec.parse import PatchwordError
+from patchword.weights.mapping import Reading
+from patchword.weights.shapes import (
     Config,
-    Found,
+    Hints,
     Shapes,
+    classes_of,
     count,
     guess_heads,
+    image_size_for,
+    say_heads,
     shape_of,
-    square_grid,
+    spec_of,
 )
 from patchword.weights.timm.config import (
     NOT_OURS,
     VIT_DEFAULTS,
     Arguments,
     architecture,
-    classes_in,
     input_sizes,
-    labels_in,
-    preprocess_in,
-    refuse_named,
+    reading_of,
     table,
     vit_arguments,
 )
-from patchword.weights.timm.names import CONV_EPS, GROUP_EPS, LEFTOVERS, STEM, Layout, rules
+from patchword.weights.timm.names import (
+    CONV_EPS,
+    GROUP_EPS,
+    LEFTOVERS,
+    STEM,
+    TokenLayout,
+    rules_for,
+)
 
 NOT_OUR_TENSORS = (
     (r"norm_pre\.", "a norm before its blocks, as CLIP's"),
@@ -46,7 +54,7 @@ def recognises(shapes: Shapes) -> bool:
     )
 
 
-def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
+def find(shapes: Shapes, config: Config, hints: Hints) -> Reading:
     """The spec and the rules of a ViT's names and shapes; see `timm.find`."""
     _refuse(shapes, config)
     notes: list[str] = []
@@ -63,11 +71,11 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         "stem": None if stem is None else vars(stem),
         "patch_size": list(patch),
         "in_channels": channels,
-        "num_classes": classes_in(shapes, "head.weight"),
+        "num_classes": classes_of(shapes, "head.weight"),
         "width": width,
         "depth": count(shapes, r"blocks\.(\d+)\."),
         "mlp_width": mlp_width,
-        "heads": _heads(shapes, width, named, notes if "heads" not in hints else []),
+        "heads": _heads(shapes, width, named, hints, notes),
         "activation": "swiglu" if hidden == 2 * mlp_width else activation(named),
         "norm_eps": named.get("norm_eps", VIT_DEFAULTS["norm_eps"]),
         "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
@@ -87,25 +95,18 @@ def find(shapes: Shapes, config: Config, hints: dict[str, Any]) -> Found:
         "image_size": list(size),
     }
     notes += _assumed(fields, config, hints)
-    fields |= {key: value for key, value in hints.items() if key != "image_size"}
-    spec = parse(ViTSpec, fields)
-    layout = Layout(
+    spec = spec_of(ViTSpec, fields, hints)
+    layout = TokenLayout(
         tokens,
         embedded,
         norm="fc_norm" if "fc_norm.weight" in shapes else "norm",
         qkv_bias="blocks.0.attn.qkv.bias" in shapes,
     )
-    return Found(
-        spec=spec,
-        rules=rules(spec, layout),
-        preprocess=preprocess_in(config, channels, notes),
-        classes=labels_in(config, spec.num_classes),
-        ignored=LEFTOVERS if spec.pool == "map" else (*LEFTOVERS, r"attn_pool\..*"),
-        notes=tuple(notes),
-    )
+    ignored = LEFTOVERS if spec.pool == "map" else (*LEFTOVERS, r"attn_pool\..*")
+    return reading_of(spec, rules_for(spec, layout), config, notes, ignored)
 
 
-def _assumed(fields: dict[str, Any], config: Config, hints: dict[str, Any]) -> list[str]:
+def _assumed(fields: dict[str, Any], config: Config, hints: Hints) -> list[str]:
     """What the file does not say, and was taken to be so."""
     notes: list[str] = []
     if fields["position"] == "none" and not input_sizes(config, hints):
@@ -120,7 +121,10 @@ def _assumed(fields: dict[str, Any], config: Config, hints: dict[str, Any]) -> l
 
 def _refuse(shapes: Shapes, config: Config) -> None:
     """Raises `PatchwordError` if the model only looks like ours, by its name or its tensors."""
-    refuse_named(config, NOT_OURS)
+    name = architecture(config)
+    for pattern, what in NOT_OURS:
+        if re.search(pattern, name):
+            raise PatchwordError(f"timm's {name} has another {what} than patchword's; use timm")
     for pattern, what in NOT_OUR_TENSORS:
         if any(re.match(pattern, name) for name in shapes):
             raise PatchwordError(f"this timm model has {what}, which patchword has not; use timm")
@@ -132,23 +136,21 @@ def _arguments(config: Config) -> Arguments:
     return (vit_arguments(name) if name else {}) | dict(table(config, "model_args"))
 
 
-def _heads(shapes: Shapes, width: int, named: Arguments, notes: list[str]) -> Any:
+def _heads(shapes: Shapes, width: int, named: Arguments, hints: Hints, notes: list[str]) -> Any:
     if "blocks.0.attn.q_norm.weight" in shapes:
         per_head = shape_of(shapes, "blocks.0.attn.q_norm.weight", 1)[0]
         return width // max(per_head, 1)
     if "num_heads" in named and named.get("embed_dim") == width:
         return named["num_heads"]
-    heads = guess_heads(width)
-    notes.append(f"assumed: {heads} heads, as models {width} wide have; heads=... says otherwise")
-    return heads
+    notes += say_heads(width, hints)
+    return guess_heads(width)
 
 
 def activation(named: Arguments) -> str:
-    known = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
     name = named.get("act_layer") or "gelu"
-    if name not in known:
+    if name not in ("gelu", "gelu_tanh"):
         raise PatchwordError(f"timm's activation {name!r} is none that patchword has; use timm")
-    return known[name]
+    return name
 
 
 def _pool(shapes: Shapes, config: Config, named: Arguments) -> dict[str, Any]:
@@ -174,10 +176,9 @@ def _pool(shapes: Shapes, config: Config, named: Arguments) -> dict[str, Any]:
 
 
 def _tokens(shapes: Shapes, pool: str) -> tuple[tuple[str, int], ...]:
-    wanted = [name for name in ("cls_token", "dist_token", "reg_token") if name in shapes]
-    if pool == "token" and "cls_token" not in wanted:
-        shape_of(shapes, "cls_token", 3)
-    return tuple((name, shape_of(shapes, name, 3)[1]) for name in wanted)
+    names = ["cls_token"] if pool == "token" or "cls_token" in shapes else []
+    names += [name for name in ("dist_token", "reg_token") if name in shapes]
+    return tuple((name, shape_of(shapes, name, 3)[1]) for name in names)
 
 
 def _check_pooled_tokens(pool: str, prefix: int, named: Arguments) -> None:
@@ -191,26 +192,24 @@ def _check_pooled_tokens(pool: str, prefix: int, named: Arguments) -> None:
 
 
 def _positions(
-    shapes: Shapes, config: Config, hints: dict[str, Any], patch: tuple[int, int], prefix: int
+    shapes: Shapes, config: Config, hints: Hints, patch: tuple[int, int], prefix: int
 ) -> tuple[tuple[int, int], bool]:
     """The image size that the position table is for, and whether it begins with the tokens."""
-    sizes = input_sizes(config, hints)
+    sizes = [
+        (height // patch[0] * patch[0], width // patch[1] * patch[1])
+        for height, width in (*input_sizes(config, hints), (224, 224))
+    ]
     if "pos_embed" not in shapes:
-        height, width = sizes[0] if sizes else (224, 224)
-        return (height // patch[0] * patch[0], width // patch[1] * patch[1]), False
+        return sizes[0], False
+    sizes.pop()
     entries = shape_of(shapes, "pos_embed", 3)[1]
-    orders = (False, True) if "reg_token" in shapes else (True, False)
-    for embedded in orders if prefix else (False,):
-        left = entries - embedded * prefix
-        for size in sizes:
-            rows, columns = size[0] // patch[0], size[1] // patch[1]
-            if rows * columns == left:
-                return (rows * patch[0], columns * patch[1]), embedded
-    for embedded in orders if prefix else (False,):
-        left = entries - embedded * prefix
-        if left > 0 and math.isqrt(left) ** 2 == left:
-            return square_grid(left, patch, "pos_embed"), embedded
-    return square_grid(entries - prefix, patch, "pos_embed"), True
+    grids = [height // patch[0] * (width // patch[1]) for height, width in sizes]
+    orders = ((False, True) if "reg_token" in shapes else (True, False)) if prefix else (False,)
+    numbers = [(entries - embedded * prefix, embedded) for embedded in orders]
+    known = [(left, embedded) for left, embedded in numbers if left in grids]
+    square = [(n, embedded) for n, embedded in numbers if n > 0 and math.isqrt(n) ** 2 == n]
+    left, embedded = [*known, *square, (entries - prefix, True)][0]
+    return image_size_for(left, patch, sizes, "pos_embed"), embedded
 
 
 def _root(shapes: Shapes) -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from patchword.models.position import PositionTable
 from patchword.models.vit import ViT
 from patchword.spec.model import ViTSpec
-from patchword.spec.parse import PatchwordError, parse, to_dict
 from patchword.weights import mapping
+from patchword.weights.held import no_place, position_table, say_eps
 from patchword.weights.mapping import Written
 from patchword.weights.timm.config import (
     VIT_DEFAULTS,
@@ -19,32 +15,37 @@ from patchword.weights.timm.config import (
     ratio,
     side,
 )
-from patchword.weights.timm.names import GROUP_EPS, STEM, Layout, rules
+from patchword.weights.timm.names import LAYER_EPS, STEM, TokenLayout, rules_for
 
 
 def write(model: ViT) -> Written:
     """A ViT as timm has it; see `timm.write`."""
-    spec, tensors = model.spec, dict(model.state_dict())
-    _check_writable(spec)
-    if spec.position in ("sincos2d", "learned-2d"):
-        spec, tensors = _with_table(model)
-    tokens = [("cls_token", int(spec.pool == "token"))]
+    spec = model.spec
     distilled = spec.distillation == "head" and spec.num_classes > 0
+    for together, present in {
+        "pool map with activation swiglu": spec.pool == "map" and spec.activation == "swiglu",
+        "distillation head and registers together": distilled and spec.registers > 0,
+        "distillation head with position none": distilled and spec.position == "none",
+    }.items():
+        if present:
+            raise no_place("timm", together)
+    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("positions.")}
+    tokens = [("cls_token", int(spec.pool == "token"))]
     extra = spec.registers + (0 if distilled else int(spec.distillation != "none"))
     tokens += [("dist_token", int(distilled)), ("reg_token", extra)]
-    used = tuple((name, number) for name, number in tokens if number)
-    first = tensors["positions.0.table"][:, : spec.leading] if spec.position != "none" else None
-    embedded = bool(used) and first is not None and (distilled or bool(first.any()))
-    layout = Layout(used, embedded, norm="fc_norm" if spec.pool_norm else "norm")
+    used, embedded = tuple((name, number) for name, number in tokens if number), False
+    if spec.position != "none":
+        table = tensors["positions.0.table"] = position_table(model)
+        embedded = bool(used) and (distilled or bool(table[:, : spec.leading].any()))
+    layout = TokenLayout(used, embedded, norm="fc_norm" if spec.pool_norm else "norm")
     wanted = _arguments_of(spec, layout)
     name, arguments = nearest_vit(wanted)
-    mapping.warn_eps("timm", "LayerNorm", spec.norm_eps, wanted["norm_eps"])
+    say_eps("timm", "LayerNorm", spec.norm_eps, wanted["norm_eps"])
     first_conv = "patch_embed.proj"
     if spec.stem is not None:
-        mapping.warn_eps("timm", "GroupNorm", spec.stem.norm_eps, GROUP_EPS)
         first_conv = f"{STEM}stem.conv" if spec.stem.layers else f"{STEM}conv"
     return Written(
-        tensors=mapping.write(tensors, rules(spec, layout)),
+        tensors=mapping.write(tensors, rules_for(spec, layout)),
         config=config_of(
             model,
             name,
@@ -55,39 +56,7 @@ def write(model: ViT) -> Written:
     )
 
 
-def _check_writable(spec: ViTSpec) -> None:
-    """Raises `PatchwordError` if timm has no place for something."""
-    inside = spec.position in ("relative", "rotary") or (
-        spec.position != "none" and spec.position_at != "stem"
-    )
-    averaged = spec.distillation == "head" and spec.num_classes > 0
-    problems = {
-        f"position {spec.position} (at {spec.position_at})": inside,
-        "pool token+gap": spec.pool == "token+gap",
-        "head mlp": spec.head == "mlp" and spec.num_classes > 0,
-        "pool map with activation swiglu": spec.pool == "map" and spec.activation == "swiglu",
-        "a distillation head and registers": averaged and spec.registers > 0,
-        "a distillation head without positions": averaged and spec.position == "none",
-        f"stem width {spec.stem and spec.stem.width}": spec.stem is not None
-        and spec.stem.width != 64,
-    }
-    for problem, present in problems.items():
-        if present:
-            raise PatchwordError(f"timm has no {problem}; save the model in patchword's own format")
-
-
-def _with_table(model: ViT) -> tuple[ViTSpec, dict[str, Tensor]]:
-    """The model with its positions as one learned table, which is all that timm has."""
-    module, spec = model.positions[0], model.spec
-    assert isinstance(module, PositionTable)
-    patch = module().detach()
-    none = patch.new_zeros(1, spec.leading, spec.width)
-    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("positions.")}
-    tensors["positions.0.table"] = torch.cat([none, patch], dim=1)
-    return parse(ViTSpec, to_dict(spec) | {"position": "learned-1d"}), tensors
-
-
-def _arguments_of(spec: ViTSpec, layout: Layout) -> Arguments:
+def _arguments_of(spec: ViTSpec, layout: TokenLayout) -> Arguments:
     """timm's arguments for a spec."""
     swiglu, tokens = spec.activation == "swiglu", dict(layout.tokens)
     stride = 1 if spec.stem is None else spec.stem.stride
@@ -119,4 +88,4 @@ def _arguments_of(spec: ViTSpec, layout: Layout) -> Arguments:
 def _nearest_eps(spec: ViTSpec) -> float:
     """The eps of a LayerNorm in timm that is nearest: only its plain ViTs can have 1e-5."""
     plain = spec.stem is None and spec.activation != "swiglu" and spec.distillation != "head"
-    return 1e-5 if plain and spec.norm_eps > 3e-6 else 1e-6
+    return 1e-5 if plain and spec.norm_eps > 3e-6 else LAYER_EPS
