@@ -209,3 +209,11 @@ def test_the_cost_of_masked_patch_is_that_of_the_model_and_the_head(make_spec: M
     head = 8 * spec.width * 512
     assert training_macs(make_spec(objective="masked-patch"), spec) == macs(spec) + head
     assert training_macs(make_spec(), spec) == macs(spec)
+
+
+def test_an_unknown_objective_is_refused(make_spec: MakeSpec):
+    """Not taken for another one."""
+    spec = make_spec()
+    object.__setattr__(spec, "objective", "rotation")
+    with pytest.raises(UsageError, match="unknown objective 'rotation'"):
+        create_objective(spec, create_model("ViT-mu/4", 0, 16))

@@ -11,6 +11,8 @@ import numpy as np
 from patchword.audit.findings import Finding, Item, finding
 from patchword.audit.hashing import BLANK, contrast
 from patchword.audit.scan import KINDS, Scan
+from patchword.data.files import is_image
+from patchword.data.images import SUFFIXES
 from patchword.data.sources import Source
 
 TINY = 32
@@ -21,17 +23,6 @@ LONGEST = 4.0
 _CUT = "a centre crop shows little of them: cut them to what matters"
 _RENAME = "read by content here; rename them for other programs"
 _TURN = "turned upright here; other programs may not"
-_SUFFIXES = {
-    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"},
-    "PNG": {".png"},
-    "WEBP": {".webp"},
-    "BMP": {".bmp"},
-    "GIF": {".gif"},
-    "TIFF": {".tif", ".tiff"},
-    "PPM": {".ppm", ".pgm", ".pbm", ".pnm"},
-}
-_SUFFIXES["MPO"] = _SUFFIXES["JPEG"]
-_KNOWN = frozenset[str]().union(*_SUFFIXES.values())
 
 
 def forms(source: Source, scan: Scan) -> Iterator[Finding]:
@@ -61,8 +52,8 @@ def forms(source: Source, scan: Scan) -> Iterator[Finding]:
 
 def _misnamed(name: str, kind: str) -> bool:
     """Whether a file of Pillow's format `kind` has the suffix of another one."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix in _KNOWN and suffix not in _SUFFIXES.get(kind, _KNOWN)
+    own = SUFFIXES.get("JPEG" if kind == "MPO" else kind)
+    return own is not None and is_image(name) and os.path.splitext(name)[1].lower() not in own
 
 
 def _channels(source: Source, scan: Scan) -> Iterator[Finding]:

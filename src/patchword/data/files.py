@@ -10,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from patchword.data.images import SUFFIXES
 from patchword.data.sources import SPLITS, FileReader, Source, group_parts, numbered, short_name
 from patchword.spec.parse import PatchwordError
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    | {".ppm", ".pgm", ".pbm", ".pnm"}
-)
+_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
 
 def _of_files(
@@ -118,7 +116,7 @@ def visible_files(
 
 def is_image(name: str) -> bool:
     """Whether a file is read as an image, by its suffix."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    return os.path.splitext(name)[1].lower() in _SUFFIXES
 
 
 def _has_image(root: Path, top: str) -> bool:

@@ -13,8 +13,18 @@ from PIL import Image
 
 from patchword.data.pillow import check_size, errors_heard, guarded, warned
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""The formats that are opened; JPEG includes MPO, the multi-picture kind of cameras."""
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+"""The formats that are opened, and the names of their files; JPEG includes MPO, the multi-picture
+kind of cameras."""
+FORMATS = tuple(SUFFIXES)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 MAX_PIXELS = 178_956_970

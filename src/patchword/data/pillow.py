@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -90,27 +89,19 @@ for _module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
 # libtiff -----------------------------------------------------------------------------------------
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-
-
-class _Replaced:
-    """libtiff's one handler of errors, while threads of ours decode: what ours stands for, and how
-    many they are. The lock is held while these change, never while an image is decoded."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.threads = 0
-        self.before: int | None = None
-
-
-_replaced = _Replaced()
+_before: int | None = None
+"""the handler that ours stands for"""
 
 
 @_Handler
 def _note(module: int | None, text: int | None, values: int | None) -> None:
     if _here.failed is not None:
         _here.failed = True
-    elif _replaced.before:
-        _Handler(_replaced.before)(module, text, values)
+    elif _before:
+        _Handler(_before)(module, text, values)
+
+
+_OURS = ctypes.cast(_note, ctypes.c_void_p).value
 
 
 @functools.cache
@@ -129,14 +120,10 @@ def _setter() -> Callable[[int | None], int | None] | None:
 def errors_heard() -> Iterator[None]:
     """Run the body, the decode of a TIFF file, with libtiff silent in this thread. Raises `OSError`
     if it came to its end although libtiff reported an error."""
-    set_handler = _setter()
-    if set_handler is None:
-        yield
-        return
-    with _replaced.lock:
-        if not _replaced.threads:
-            _replaced.before = set_handler(ctypes.cast(_note, ctypes.c_void_p).value)
-        _replaced.threads += 1
+    global _before
+    if set_handler := _setter():
+        before = set_handler(_OURS)  # it stays, and hands on what other threads meet
+        _before = _before if before == _OURS else before
     _here.failed = False
     try:
         yield
@@ -144,19 +131,3 @@ def errors_heard() -> Iterator[None]:
             raise OSError("damaged TIFF data")
     finally:
         _here.failed = None
-        with _replaced.lock:
-            _replaced.threads -= 1
-            if not _replaced.threads:
-                set_handler(_replaced.before)
-
-
-def _after_fork() -> None:
-    """A child has no other threads: nothing is decoded, and nobody holds the lock."""
-    global _replaced
-    if _replaced.threads and (set_handler := _setter()):
-        set_handler(_replaced.before)
-    _replaced = _Replaced()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

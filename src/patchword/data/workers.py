@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from patchword.spec.parse import PatchwordError
 
 T = TypeVar("T")
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,16 @@ def _same(item: Any) -> Any:
 
 def _start_worker(number: int) -> None:
     """Leave signals to the parent, which ends its workers itself; and never outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for one in _ENDING:
+        signal.signal(one, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # it died before
+            os._exit(1)
 
 
 @contextmanager
@@ -66,6 +73,17 @@ def _child_signals_kept() -> Iterator[None]:
     signal.signal(number, before or signal.SIG_DFL)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Block what would end a worker between its fork and `_start_worker`, as a signal to the whole
+    group does; the parent gets it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def serve(batches: Dataset[T], numbers: Sequence[int], workers: int) -> Iterator[T]:
     """`batches[n]` for each of `numbers`, made ahead by worker processes if there are any.
 
@@ -76,7 +94,7 @@ def serve(batches: Dataset[T], numbers: Sequence[int], workers: int) -> Iterator
         for number in numbers:
             yield batches[number]
         return
-    with _child_signals_kept(), warnings.catch_warnings():
+    with _child_signals_kept(), _signals_held(), warnings.catch_warnings():
         # Python 3.12 warns of fork in a process with threads, torch of more workers than cores.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create")

@@ -17,15 +17,13 @@ L2, BIAS = 2.0**10, 100.0
 SHOTS = (1, 5, 10, 25)
 
 
-def fit_least_squares(
-    features: Tensor, labels: Tensor, classes: int, *, l2: float = L2, bias: float = BIAS
-) -> tuple[Tensor, Tensor]:
+def fit_least_squares(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Regularised least squares to {-1, 1} targets in closed form (section 4.1): `weight [K, D]`
     and `bias [K]` for raw features, float64.
 
     As in the authors' public code (big_vision, evaluators/fewshot_lsr.py): features less their
-    mean, over their standard deviation + 1e-5; a constant feature of value `bias`, whose weight is
-    regularised like the others; minimises |XW - Y|^2 + l2 |W|^2, sums over the images. Solved by
+    mean, over their standard deviation + 1e-5; a constant feature of value `BIAS`, whose weight is
+    regularised like the others; minimises |XW - Y|^2 + `L2` |W|^2, sums over the images. Solved by
     Cholesky in the smaller of the primal (D + 1 unknowns a class) and the dual (N). Raises
     `PatchwordError` if there are no images, or labels beyond the classes.
     """
@@ -34,19 +32,19 @@ def fit_least_squares(
 
     def extended(part: Tensor) -> Tensor:
         """Standardised, with the constant feature last."""
-        return torch.nn.functional.pad((part - mean) / std, (0, 1), value=bias)
+        return torch.nn.functional.pad((part - mean) / std, (0, 1), value=BIAS)
 
     solve = _primal if len(features) > features.shape[1] else _dual
-    solution = solve(features, labels, classes, extended, l2)
-    return fold(solution[:, :-1], bias * solution[:, -1], mean, std)
+    solution = solve(features, labels, classes, extended)
+    return fold(solution[:, :-1], BIAS * solution[:, -1], mean, std)
 
 
 Extend = Callable[[Tensor], Tensor]
 """Features to the rows of X."""
 
 
-def _primal(features: Tensor, labels: Tensor, classes: int, extended: Extend, l2: float) -> Tensor:
-    """`[K, D + 1]` by (X'X + l2 I) W = X'Y. X is formed in pieces only."""
+def _primal(features: Tensor, labels: Tensor, classes: int, extended: Extend) -> Tensor:
+    """`[K, D + 1]` by (X'X + L2 I) W = X'Y. X is formed in pieces only."""
     size = features.shape[1] + 1
     gram = features.new_zeros(size, size, dtype=torch.float64)
     sums = features.new_zeros(classes, size, dtype=torch.float64)
@@ -54,32 +52,25 @@ def _primal(features: Tensor, labels: Tensor, classes: int, extended: Extend, l2
         part = extended(part)
         gram.addmm_(part.T, part)
         sums.index_add_(0, labels[rows], part)
-    gram.diagonal().add_(l2)
+    gram.diagonal().add_(L2)
     targets = 2 * sums - sums.sum(0)  # X'Y of targets -1 and 1
     return torch.cholesky_solve(targets.T, torch.linalg.cholesky(gram)).T
 
 
-def _dual(features: Tensor, labels: Tensor, classes: int, extended: Extend, l2: float) -> Tensor:
-    """`[K, D + 1]` by W = X' (XX' + l2 I)^-1 Y."""
+def _dual(features: Tensor, labels: Tensor, classes: int, extended: Extend) -> Tensor:
+    """`[K, D + 1]` by W = X' (XX' + L2 I)^-1 Y."""
     inputs = extended(features.double())
     gram = inputs @ inputs.T
-    gram.diagonal().add_(l2)
+    gram.diagonal().add_(L2)
     targets = 2 * torch.nn.functional.one_hot(labels, classes).double() - 1
     return torch.cholesky_solve(targets, torch.linalg.cholesky(gram)).T @ inputs
 
 
 def few_shot(
-    support: Tensor,
-    labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    classes: int,
-    *,
-    l2: float = L2,
-    bias: float = BIAS,
+    support: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, classes: int
 ) -> float:
     """Accuracy on `queries` of `fit_least_squares` on `support`."""
-    weight, offset = fit_least_squares(support, labels, classes, l2=l2, bias=bias)
+    weight, offset = fit_least_squares(support, labels, classes)
     return accuracy(weight, offset, queries, query_labels)
 
 
@@ -104,8 +95,6 @@ def few_shot_accuracies(
     *,
     shots: Sequence[int] = SHOTS,
     seeds: int = 3,
-    l2: float = L2,
-    bias: float = BIAS,
 ) -> dict[int, FewShot]:
     """shots -> accuracy of `few_shot` with that many images of each class as support.
 
@@ -121,7 +110,7 @@ def few_shot_accuracies(
         for shot in shots:
             chosen = torch.from_numpy(np.concatenate([order[:shot] for order in orders]))
             part = (features[chosen], labels[chosen])
-            found[shot].append(few_shot(*part, queries, query_labels, classes, l2=l2, bias=bias))
+            found[shot].append(few_shot(*part, queries, query_labels, classes))
     return {
         shot: FewShot(
             mean=float(np.mean(values)),

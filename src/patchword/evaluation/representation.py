@@ -3,7 +3,7 @@ worth to who has labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,11 @@ class Representation:
         `PatchwordError` where no image could be read."""
         total, count = 0.0, 0
         with torch.no_grad(), torch.random.fork_rng([]):
-            for number, batch in enumerate(self._batches()):
-                images = batch.images[batch.mask]
-                if len(images):
-                    torch.manual_seed(derived_seed(self._seed, "evaluate", number))
-                    loss = self._loss(forward, self._prepare(images))
-                    total += float(loss) * len(images)
-                    count += len(images)
+            for number, images, _ in _readable(self._batches):
+                torch.manual_seed(derived_seed(self._seed, "evaluate", number))
+                loss = self._loss(forward, self._prepare(images))
+                total += float(loss) * len(images)
+                count += len(images)
         if not count:
             raise PatchwordError("no image to evaluate could be read; check the path and the split")
         found = {"loss": total / count, "n": count}
@@ -86,9 +84,14 @@ class Representation:
         """Features float32 `[N, D]` and labels int64 `[N]`, on the CPU."""
         rows: list[Tensor] = []
         labels: list[Tensor] = []
-        for batch in batches():
-            images = batch.images[batch.mask]
-            if len(images):
-                rows.append(forward(self._prepare(images)).float().cpu())
-                labels.append(batch.labels[batch.mask])
+        for _, images, given in _readable(batches):
+            rows.append(forward(self._prepare(images)).float().cpu())
+            labels.append(given)
         return torch.cat(rows), torch.cat(labels)
+
+
+def _readable(batches: Passes) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number, images and labels of each batch, without what could not be read."""
+    for number, batch in enumerate(batches()):
+        if batch.mask.any():
+            yield number, batch.images[batch.mask], batch.labels[batch.mask]

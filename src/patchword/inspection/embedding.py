@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from patchword.inspection.recorder import attention_inputs, batched, require_vit
-from patchword.inspection.tokens import finite_array
+from patchword.inspection.tokens import finite_array, unit_rows
 from patchword.models.model import Model
 from patchword.models.vit import ViT
 from patchword.spec.batch import Grid
@@ -73,8 +73,7 @@ def position_similarity(
             f"position table of shape {list(vectors.shape)} does not fit a grid of {rows} x {cols} "
             f"patches; pass [{rows * cols}, D], without the class token and registers"
         )
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit = vectors / np.where(norms > 0, norms, 1.0)
+    unit = unit_rows(vectors)
     return np.clip(unit @ unit.T, -1.0, 1.0).reshape(rows, cols, rows, cols)
 
 

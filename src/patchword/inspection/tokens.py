@@ -51,7 +51,7 @@ def pooled_map(features: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
     give the same map: it starts from the first two components. Up to 4 features are mapped by PCA
     alone. Raises `PatchwordError` if the features are no matrix or not finite.
     """
-    unit = _unit(features)
+    unit = unit_rows(features)
     small = _principal(unit, 50)
     if len(small) <= 4:
         return small[:, :2]
@@ -70,7 +70,7 @@ def nearest(features: torch.Tensor | ArrayLike, of: ArrayLike, count: int = 5) -
 
     Memory: m x n float64. Raises `PatchwordError` if the features are no matrix or not finite.
     """
-    unit = _unit(features)
+    unit = unit_rows(features)
     chosen = np.asarray(of, dtype=np.int64)
     similarity = unit[chosen] @ unit.T
     similarity[np.arange(len(chosen)), chosen] = -math.inf
@@ -90,7 +90,8 @@ def _principal(values: NDArray[np.float64], most: int) -> NDArray[np.float64]:
     return np.pad(projected, ((0, 0), (0, most - projected.shape[1])))
 
 
-def _unit(features: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
+def unit_rows(features: torch.Tensor | ArrayLike) -> NDArray[np.float64]:
+    """Rows `[n, D]` at length 1, those of zeros as they are. Raises `PatchwordError`."""
     values = finite_array(features)
     if values.ndim != 2:
         raise PatchwordError(f"features of shape {list(values.shape)}; pass [n, D]")

@@ -17,11 +17,13 @@ from patchword.models.vit import ViT
 from patchword.models.zoo import macs, unfilled_model, variant_name
 from patchword.objectives import mae, masked_patch
 from patchword.objectives.base import Objective
-from patchword.objectives.classification import Classification
+from patchword.objectives.classification import LabelLoss
 from patchword.spec.model import ModelSpec, ViTSpec
-from patchword.spec.parse import UsageError
+from patchword.spec.parse import UsageError, nearest
 from patchword.spec.train import TrainSpec
 
+UNLABELLED = {"masked-patch": masked_patch.MaskedPatch, "mae": mae.MaskedAutoencoder}
+"""Those that need no labels."""
 RATES = {"masked-patch": masked_patch.RATE, "mae": mae.RATE}
 """The share of masked patches where none is asked for."""
 
@@ -32,20 +34,22 @@ def create_objective(
     """The objective of a run for a model; what it trains besides is drawn by the run's seed. Raises
     `UsageError` if the model is not one for it."""
     if spec.objective == "classification":
-        return Classification(spec.optim, class_weights)
+        return LabelLoss(spec.optim, class_weights)
     check_objective(spec, model.spec)
     if not isinstance(model, ViT):
         raise TypeError("check_objective lets ViTs pass alone")
-    kind = masked_patch.MaskedPatch if spec.objective == "masked-patch" else mae.MaskedAutoencoder
     with torch.random.fork_rng([]):
         torch.manual_seed(derived_seed(spec.seed, "objective"))
-        return kind(model, spec.pretrain)
+        return UNLABELLED[spec.objective](model, spec.pretrain)
 
 
 def check_objective(spec: TrainSpec, model: ModelSpec) -> None:
-    """Raises `UsageError` if the spec's objective is not for such a model."""
+    """Raises `UsageError` if the spec's objective is unknown, or not for such a model."""
     if spec.objective == "classification":
         return
+    if spec.objective not in UNLABELLED:
+        names = ("classification", *UNLABELLED)
+        raise UsageError(f"unknown objective {spec.objective!r}{nearest(spec.objective, names)}")
     what = f"--objective {spec.objective}"
     if not isinstance(model, ViTSpec):
         raise UsageError(

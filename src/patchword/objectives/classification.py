@@ -11,7 +11,7 @@ from patchword.spec.batch import Forward
 from patchword.spec.train import OptimSpec
 
 
-class Classification(Objective):
+class LabelLoss(Objective):
     """The mean loss of the model's own logits; `weights` float `[K]` is what an image counts by its
     class."""
 

@@ -31,10 +31,10 @@ from patchword.spec.parse import UsageError, nearest
 from patchword.spec.settled import DeviceName, Settled
 from patchword.spec.train import ModelOptions, TrainSpec
 from patchword.training.recipes import recipe_spec
-from patchword.training.trainer import Head
+from patchword.training.trainer import HeadValues
 from patchword.weights.load import describe_weights, say_resampled
 
-KeepHead = Callable[[Model, Head], None]
+KeepHead = Callable[[Model, HeadValues], None]
 
 TIMED_STEPS = 1000
 """Steps that a run limited in time is assumed to have until its pace is known."""
@@ -166,7 +166,7 @@ def fitting_options(request: TrainSpec, model: str, family: type[ModelSpec]) -> 
 
 def settle(
     request: TrainSpec, data: Data, began: float, console: Console, keep_head: KeepHead
-) -> tuple[Inputs, Head | None]:
+) -> tuple[Inputs, HeadValues | None]:
     """All that a new run finds out, in the order in which one thing needs another; `began` is when
     its time began (monotonic seconds).
 
@@ -194,7 +194,7 @@ def settle(
     return _measured(inputs, began, console, ready=head is not None), head
 
 
-def ready_head(inputs: Inputs, began: float, console: Console) -> Head | None:
+def ready_head(inputs: Inputs, began: float, console: Console) -> HeadValues | None:
     """The head on frozen features that a run begins with, if it asks for one and its model has a
     place for it."""
     probe = trials.probe_head(inputs, console) if inputs.request.probe else None

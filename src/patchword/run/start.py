@@ -26,7 +26,7 @@ from patchword.run.settle import ready_head, settle
 from patchword.spec.settled import Settled
 from patchword.spec.train import TrainSpec
 from patchword.training.checkpoint import Checkpoints
-from patchword.training.trainer import Head, wearing
+from patchword.training.trainer import HeadValues, wearing
 from patchword.weights.files import SINGLE
 from patchword.weights.load import load_model
 from patchword.weights.save import save_model
@@ -37,7 +37,7 @@ class Start:
     """What a run starts with."""
 
     inputs: Inputs
-    head: Head | None = None
+    head: HeadValues | None = None
     """on the frozen features, if there is one"""
     checkpoint: tuple[Path, dict[str, Any]] | None = None
     """to go on from"""
@@ -46,7 +46,7 @@ class Start:
 def start_new(run: Path, request: TrainSpec, data: Data, began: float, console: Console) -> Start:
     """A new run: what it settles to is stored in its folder, which is emptied only then."""
 
-    def keep(model: Model, head: Head) -> None:
+    def keep(model: Model, head: HeadValues) -> None:
         with wearing([model], head):
             save_model(model, run / folder.HEAD, overwrite=True)
         text = f"usable from now on: patchword predict {run / folder.HEAD} IMAGES"

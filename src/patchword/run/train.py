@@ -28,7 +28,7 @@ from patchword.training.checkpoint import Checkpoints
 from patchword.training.log import Lines, LiveLine
 from patchword.training.loop import Loop
 from patchword.training.recipes import base_spec
-from patchword.training.trainer import Head, Trainer, set_head
+from patchword.training.trainer import HeadValues, Trainer, set_head
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _loop(
     inputs: Inputs,
     checkpoints: Checkpoints,
     console: Console,
-    head: Head | None,
+    head: HeadValues | None,
 ) -> Loop:
     """The loop, with all that it reads and writes."""
     progress, division = trainer.progress, inputs.division

@@ -15,7 +15,7 @@ from patchword.spec import ranges
 from patchword.spec.ranges import check_ranges, require
 
 Pool = Literal["token", "gap", "map", "token+gap"]
-Head = Literal["linear", "mlp"]
+HeadKind = Literal["linear", "mlp"]
 Position = Literal["none", "learned-1d", "learned-2d", "relative", "sincos2d", "rotary"]
 PositionAt = Literal["stem", "every", "every-shared"]
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
@@ -104,7 +104,7 @@ class ViTSpec(ModelSpec):
     average side by side (DINOv2's classifier)"""
     pool_norm: bool = False
     """the last LayerNorm comes after the pooling instead of before it (timm's `fc_norm`)"""
-    head: Head = "linear"
+    head: HeadKind = "linear"
     """`mlp`: the pre-training head, one hidden layer and tanh (section 3.1)"""
     head_width: int | None = None
     """units of that hidden layer, None for `width`"""

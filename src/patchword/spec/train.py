@@ -15,7 +15,7 @@ from patchword.spec.data import AugmentSpec, DataSpec, PreprocessOptions
 from patchword.spec.model import (
     Activation,
     Distillation,
-    Head,
+    HeadKind,
     Loss,
     Pool,
     Position,
@@ -135,7 +135,7 @@ class ModelOptions:
     channels_mlp_width: int | None = None
     """of a Mixer, over the channels"""
     pool: Pool | None = None
-    head: Head | None = None
+    head: HeadKind | None = None
     position: Position | None = None
     position_at: PositionAt | None = None
     dropout: float | None = None

@@ -23,7 +23,7 @@ from patchword.training.criterion import TOP1, Criterion
 from patchword.training.log import Lines, LiveLine, duration, write_csv
 from patchword.training.optim import learning_rate
 from patchword.training.signals import watch_signals
-from patchword.training.trainer import FILES, Head, Trainer
+from patchword.training.trainer import FILES, HeadValues, Trainer
 
 logger = logging.getLogger("patchword")
 
@@ -83,7 +83,7 @@ class Loop:
     criterion: Criterion = TOP1
     """what the best weights are chosen by"""
     extra_log: Callable[[dict[str, Any]], None] = lambda line: None
-    ready_head: Head | None = None
+    ready_head: HeadValues | None = None
     """a head for the frozen body, measured as step 0 and kept if training does not better it"""
     signals: list[int] = field(default_factory=list)
     """those received while training"""

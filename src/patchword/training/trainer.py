@@ -63,25 +63,25 @@ class Progress:
         self.loss_count += 1
 
 
-Head = tuple[Tensor, Tensor]
+HeadValues = tuple[Tensor, Tensor]
 """Weight `[K, D]` and bias `[K]` of a linear head."""
 
 
 @torch.no_grad()
-def set_head(layer: nn.Linear, head: Head) -> None:
+def set_head(layer: nn.Linear, head: HeadValues) -> None:
     """Copy a head's values into a layer."""
     layer.weight.copy_(head[0])
     layer.bias.copy_(head[1])
 
 
 @contextmanager
-def wearing(models: Sequence[Model], head: Head | None) -> Iterator[None]:
+def wearing(models: Sequence[Model], head: HeadValues | None) -> Iterator[None]:
     """Models with another head, if one is given, for a while."""
     layers = [model.head for model in models if head and model.head is not None]
     kept = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
     try:
         for layer in layers:
-            set_head(layer, cast(Head, head))
+            set_head(layer, cast(HeadValues, head))
         yield
     finally:
         for layer, own in zip(layers, kept, strict=True):
@@ -168,7 +168,7 @@ class Trainer:
         average = {"average": self.average.network} if self.average else {}
         return {"raw": self.network} | average
 
-    def wearing(self, head: Head | None) -> AbstractContextManager[None]:
+    def wearing(self, head: HeadValues | None) -> AbstractContextManager[None]:
         """The model and its average with another head, if one is given, for a while."""
         return wearing([body(network) for network in self.networks.values()], head)
 
