@@ -113,6 +113,15 @@ def test_float_and_32_bit_tiff(encode):
             decode(encode(Image.fromarray(wrong), "TIFF"), 1)
 
 
+@pytest.mark.parametrize(("brightest", "white"), [(65535, 65535), (65536, 2**31 - 1)])
+def test_white_of_32_bit_grey_is_that_of_16_bits_where_nothing_is_brighter(
+    encode, brightest, white
+):
+    values = np.linspace(0, brightest, 12).astype(np.int32).reshape(3, 4)
+    result = pixels(decode(encode(Image.fromarray(values), "TIFF"), 1))
+    np.testing.assert_allclose(result, values / white * 255, atol=0.51)
+
+
 def test_one_bit(encode):
     bits = np.random.default_rng(0).random((9, 11)) < 0.5
     result = decode(encode(Image.fromarray(bits), "PNG"), 3)

@@ -68,6 +68,13 @@ def test_a_run_directory_of_an_earlier_version_resumes(
     assert state_of(run) == state_of(tmp_path / "whole")
 
 
+def pretend_earlier(run):
+    """Write the run's config as before 0.2."""
+    flat = flatten(json.loads((run / "config.json").read_text()))
+    flat["optim"]["accumulate"] = flat["optim"].pop("parts")
+    (run / "config.json").write_text(json.dumps(flat))
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_flat_config_of_an_earlier_version_resumes(
     tmp_path, train, stopped_at, state_of, caplog, parts
@@ -78,15 +85,34 @@ def test_a_flat_config_of_an_earlier_version_resumes(
     run = tmp_path / "run"
     with pytest.raises(stopped_at(4)):
         train(run, parts=parts)
-    flat = flatten(json.loads((run / "config.json").read_text()))
-    flat["optim"]["accumulate"] = flat["optim"].pop("parts")
-    (run / "config.json").write_text(json.dumps(flat))
+    pretend_earlier(run)
     with pytest.raises(UsageError, match=r"other settings of seed, optim\.weight_decay"):
         train(run, parts=parts, seed=7, weight_decay=0.3)
     caplog.set_level("INFO")
     train(run, parts=parts)
     assert ("images are mixed within a part" in caplog.text) == (parts > 1)
+    caplog.clear()
+    train(run, parts=parts)
+    assert "images are mixed" not in caplog.text  # it is finished
     assert state_of(run) == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({}, {"registers": 1}, "options.registers"),
+        ({"registers": 1}, {}, "options.registers"),
+        ({"train_images": 500}, {}, "data.train_images"),
+    ],
+    ids=str,
+)
+def test_a_flat_config_refuses_other_settings(tmp_path, train, before, now, named):
+    """None where nothing is found out is a setting like any other."""
+    train(tmp_path, **before)
+    pretend_earlier(tmp_path)
+    with pytest.raises(UsageError, match=f"other settings of {named};"):
+        train(tmp_path, **now)
+    train(tmp_path, **before)
 
 
 def test_other_settings_are_refused_and_named(tmp_path, train, command, here):

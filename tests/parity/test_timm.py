@@ -463,6 +463,14 @@ def test_preprocessing_is_that_of_the_configuration() -> None:
     assert any("the middle 0.9 of it" in note for note in found.notes)
 
 
+def test_without_a_share_the_centre_is_cropped_as_timm_crops_it() -> None:
+    values = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    config = config_of(PLAIN, SMALL) | {"pretrained_cfg": values}
+    theirs = importlib.import_module("timm.data").resolve_data_config(pretrained_cfg=values)
+    found = find(timm, create(PLAIN, **SMALL).state_dict(), config)
+    assert found.preprocess.crop_fraction == theirs["crop_pct"] == 0.875
+
+
 def test_one_channel_has_one_mean() -> None:
     arguments = SMALL | {"in_chans": 1}
     config = config_of(PLAIN, arguments) | {

@@ -1,4 +1,4 @@
-"""The model that a run starts from."""
+"""What a run directory holds, and the model that a run starts from."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from settling import settled
 
 from patchword.data.registry import open_source
 from patchword.models.model import Model
+from patchword.run.folder import check_same, resumed
 from patchword.run.inputs import build_model
-from patchword.spec.parse import changed
+from patchword.spec.parse import UsageError, changed
+from patchword.spec.settled import flatten, read_config
 from patchword.spec.train import TrainSpec
+from patchword.training.recipes import recipe_spec
 
 
 def started(photos: Path, **changes: Any) -> Model:
@@ -49,3 +52,21 @@ def test_a_transferred_head_begins_at_zero_with_either_loss(photos: Path, finish
         model = started(photos, model=None, init=str(finished), loss=loss)
         assert model.head is not None
         assert not model.head.bias.any()
+
+
+def test_an_earlier_version_left_out_options_of_the_recipe_that_the_model_lacks():
+    """So they are no other settings; those that it has are."""
+    asked = changed(recipe_spec("photos", "digits"), model="Mixer-S/16", image_size=32)
+    stored = read_config(flatten(settled(asked).to_dict()))
+    assert asked.options.pool is not None
+    assert stored.request.options.pool is None
+    check_same(Path("run"), asked, stored)
+    with pytest.raises(UsageError, match=r"other settings of options\.depth;"):
+        check_same(Path("run"), changed(asked, depth=2), stored)
+
+
+def test_a_mask_rate_that_was_found_holds():
+    """The objectives read it from the request, which may leave it open."""
+    asked = changed(TrainSpec(source="digits"), objective="masked-patch", image_size=32)
+    stored = read_config(flatten(settled(changed(asked, mask_rate=0.6)).to_dict()))
+    assert resumed(Path("run"), asked, stored).request.pretrain.mask_rate == 0.6

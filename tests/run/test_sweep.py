@@ -17,6 +17,7 @@ from settling import config, stored
 
 import patchword
 from patchword import PatchwordError, UsageError, load_model
+from patchword.report.record import read_run
 from patchword.run import finish as finishing
 from patchword.run import trials
 from patchword.run.inputs import Inputs
@@ -153,6 +154,14 @@ def test_a_sweeps_runs_keep_no_weights(done: SweepResult):
         assert (run / "metrics.jsonl").exists()
 
 
+def test_the_report_has_what_the_first_run_found(done: SweepResult):
+    """The folder of the whole holds what was asked."""
+    config = read_run(done.folder).config
+    assert config["model"] == "ViT-mu/8"
+    assert config["optim"]["lr"] == done.chosen
+    assert config["optim"]["rates"] == list(RATES)
+
+
 def test_report_and_card_show_the_table(done: SweepResult):
     report, card = ((done.folder / name).read_text() for name in ("report.html", "MODEL_CARD.md"))
     for text in (report, card):
@@ -197,6 +206,27 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(
     count = 0
     assert sweep(asked, repeats=2, out=run).to_dict() == done.to_dict()
     assert count == 0
+
+
+def test_all_runs_of_a_sweep_have_one_resolution(
+    asked: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """That of the weights: the final runs have no val part to compare others on."""
+    monkeypatch.setattr(trials, "fitting_size", lambda *_: (24, 24))
+    spec = changed(asked, image_size=None, enlarge=1.5, rates=[0.01, 0.03], steps=1)
+    sweep(spec, out=tmp_path)
+    runs = [tmp_path / "sweep/lr-0.01", tmp_path / "sweep/lr-0.03", tmp_path / "run-0"]
+    assert [stored(run).image_size for run in runs] == [(16, 16)] * 3
+    assert sweep(spec, out=tmp_path).chosen in (0.01, 0.03)
+
+
+def test_advice_for_the_data_is_said_once(
+    asked: TrainSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """And not at each run."""
+    spec = changed(asked, init=None, model="ViT-mu/8", recipe=None, steps=1, rates=[])
+    sweep(spec, choose=False, repeats=2, out=tmp_path)
+    assert capsys.readouterr().err.count("are few to train ViT-mu/8 on from scratch") == 1
 
 
 def test_more_runs_join_those_that_are_done(done: SweepResult, asked: TrainSpec, tmp_path: Path):

@@ -212,6 +212,28 @@ def test_a_partial_config_lies_over_its_recipe(photos: Path, tmp_path: Path, com
     assert spec.options.pool == "gap"
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 1}, "holds nothing that a run found; give the config.json of one run"),
+        ({"request": {"source": "digits"}}, "holds nothing that a run found"),
+        ({"steps": 1, "model": "ViT-mu/8"}, "holds nothing that a run found"),
+    ],
+    ids=str,
+)
+def test_only_a_run_has_settled(
+    tmp_path: Path, command: Command, values: dict[str, Any], message: str
+):
+    path = tmp_path / "mine.json"
+    path.write_text(
+        json.dumps({"source": "digits"} | values if "request" not in values else values)
+    )
+    code, _, err = command("train", "--config", path, "--settled", "--out", tmp_path / "run")
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert len(err.strip().splitlines()) <= 3
+
+
 def test_transfer_from_a_run(
     finished: Path, make_photos: MakePhotos, tmp_path: Path, command: Command
 ):

@@ -224,7 +224,9 @@ def _config_spec(path: Path, given: _Base) -> TrainSpec:
     if given.settled:
         settled = read_config(config).settled
         if settled is None:
-            raise UsageError(f"--config {path} is of several runs; take that of one, without them")
+            raise UsageError(
+                f"--config {path} holds nothing that a run found; give the config.json of one run"
+            )
         return settled.pinned()
     values = config.get("request", renamed(config))
     if not isinstance(values, dict):

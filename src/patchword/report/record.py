@@ -84,9 +84,12 @@ def read_run(path: Path) -> RunRecord:
     be missing, and a line that a kill cut short is left out."""
     if not (path / "config.json").is_file():
         raise PatchwordError(f"{path} is no run directory: it has no config.json; run train first")
+    config = _read(path / "config.json")
+    if "request" in config and "settled" not in config:  # of several runs: the first is shown
+        config |= {"settled": _read(path / "run-0" / "config.json").get("settled")}
     return RunRecord(
         path=path,
-        config=flatten(_read(path / "config.json")),
+        config=flatten(config),
         environment=_read(path / "environment.json"),
         metrics=read_lines(path / "metrics.jsonl"),
         evaluations=read_lines(path / "evaluations.jsonl"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -22,9 +23,9 @@ import patchword
 from patchword.data.sources import Source
 from patchword.data.splits import FILE as SPLITS
 from patchword.data.splits import Division, divide, drawn, load_division, save_division
-from patchword.session.device import (
-    processor,
-)
+from patchword.models.zoo import model_family
+from patchword.run.settle import fitting_options
+from patchword.session.device import processor
 from patchword.spec.parse import PatchwordError, UsageError, to_dict
 from patchword.spec.settled import Settled, Stored, read_config
 from patchword.spec.train import TrainSpec
@@ -33,7 +34,7 @@ from patchword.training.checkpoint import replace_text
 logger = logging.getLogger("patchword")
 CONFIG, SUMMARY = "config.json", "summary.json"
 INIT = "init.json"
-"""what the weights are that the run starts from: they themselves are needed only at the start"""
+"""of an earlier version: what the weights are that a run starts from"""
 HEAD = "head.safetensors"
 """the model with a head on its frozen features, to use while the run goes on"""
 SWEEP = "sweep.json"
@@ -110,6 +111,10 @@ def stored_config(run: Path) -> Stored | None:
 def check_same(run: Path, asked: TrainSpec, stored: Stored) -> None:
     """Raise `UsageError`, naming them, if settings that may change the result are asked for which
     the run was not started with."""
+    model = stored.request.model
+    if stored.earlier and model is not None:  # without the options that the model lacks
+        options = fitting_options(asked, model, model_family(model))
+        asked = dataclasses.replace(asked, options=options)
     changes = stored.conflicts(asked)
     if changes:
         raise UsageError(
@@ -124,12 +129,6 @@ def resumed(run: Path, asked: TrainSpec, stored: Stored) -> Settled:
     check_same(run, asked, stored)
     if stored.settled is None:
         raise UsageError(f"{run} holds several runs; go on with --sweep or --runs")
-    if stored.earlier and stored.settled.parts > 1:
-        logger.warning(
-            "%s was started by an earlier version: images are mixed within a part of the step now, "
-            "no longer across parts, so it does not resume bit for bit",
-            run,
-        )
     return stored.settled.asked_again(asked)
 
 
@@ -190,8 +189,14 @@ def environment(source: Source) -> dict[str, Any]:
     }
 
 
-def note_changes(run: Path, source: Source) -> None:
+def note_changes(run: Path, source: Source, stored: Stored) -> None:
     """Say what is not as it was when the run started."""
+    if stored.earlier and stored.settled is not None and stored.settled.parts > 1:
+        logger.warning(
+            "%s was started by an earlier version: images are mixed within a part of the step now, "
+            "no longer across parts, so it does not resume bit for bit",
+            run,
+        )
     path = run / "environment.json"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))

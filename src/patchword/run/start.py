@@ -21,7 +21,7 @@ from patchword.models.model import Model
 from patchword.run import folder
 from patchword.run.inputs import Data, Inputs, build_model
 from patchword.run.pretraining import probed_images
-from patchword.run.say import say_better, say_data, say_objective, say_warmup
+from patchword.run.say import say_data, say_objective, say_warmup
 from patchword.run.settle import ready_head, settle
 from patchword.spec.settled import Settled
 from patchword.spec.train import TrainSpec
@@ -56,7 +56,6 @@ def start_new(run: Path, request: TrainSpec, data: Data, began: float, console: 
     folder.clear(run, None if head is None else folder.HEAD)
     folder.store(run, request, inputs.settled, data.source, data.division)
     say_warmup(inputs.settled)
-    say_better(console, inputs.settled, data)
     return Start(inputs, head)
 
 

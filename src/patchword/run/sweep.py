@@ -109,7 +109,8 @@ def sweep(
         development = final = runs.open_division(None, source, spec)
     with runs.locked(folder):
         _start(folder, spec, source, final, overwrite)
-        job = _Sweep(folder, spec, source, repeats, console)
+        each = _at_one_size(spec, final) if choose else spec
+        job = _Sweep(folder, each, source, repeats, console)
         if choose:
             job.train_on_all(final, job.try_rates(development))
         else:
@@ -169,6 +170,14 @@ def _start(
     else:
         runs.open_division(folder, source, request)
         runs.check_same(folder, request, stored)
+
+
+def _at_one_size(spec: TrainSpec, division: Division) -> TrainSpec:
+    """The spec at the resolution of its weights, where a run by itself would compare another: the
+    final runs have no val part to do so on, and the rate is chosen for theirs."""
+    if not spec.may_enlarge:
+        return spec
+    return replace(spec, image_size=assumed(spec, division).image_size)
 
 
 class _Sweep:

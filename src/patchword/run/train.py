@@ -18,7 +18,7 @@ from patchword.evaluation.classify import Classification
 from patchword.run import folder, pretraining
 from patchword.run.finish import finish, read_summary
 from patchword.run.inputs import Data, Inputs
-from patchword.run.say import say_cost
+from patchword.run.say import say_better, say_cost
 from patchword.run.start import Start, start_again, start_new
 from patchword.run.trials import memory_explained
 from patchword.session.device import keep_memory, make_deterministic
@@ -104,6 +104,7 @@ def train_in(
     `train` does."""
     with folder.locked(run):
         stored = None if overwrite else folder.stored_config(run)
+        one_of_several = division is not None
         if stored is not None or division is None:
             division = folder.open_division(run if stored else None, source, request)
         data, checkpoints = Data(source=source, division=division), Checkpoints(run, request.keep)
@@ -111,6 +112,8 @@ def train_in(
             folder.check_init_outlives(run, request)
             prepare_process(request)
             start = start_new(run, request, data, began, console)
+            if not one_of_several:
+                say_better(console, start.inputs.settled, data)
         else:
             settled = folder.resumed(run, request, stored)
             summary = read_summary(run)
@@ -118,7 +121,7 @@ def train_in(
                 text = f"{run} is finished; --overwrite trains it again"
                 console.print(text, highlight=False, soft_wrap=True)
                 return TrainResult(run, summary.get("split") or "", None, summary)
-            folder.note_changes(run, source)
+            folder.note_changes(run, source, stored)
             prepare_process(request)
             start = start_again(run, settled, data, checkpoints, began, console)
         return _follow(run, start, checkpoints, console)

@@ -22,6 +22,9 @@ GROUPS = {"mask_rate": "pretrain", "lr": "optim", "parts": "optim"}
 ANYTHING = {"device": "auto", "precision": "auto", "workers": None}
 """What leaves these settings to the run, whatever it was started with."""
 
+RESOLVED = {"model", "image_size", "steps", "eval_every", "log_every", "pretrain.mask_rate"}
+"""What was stored as found before 0.2 where the request had None, beside the preprocessing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
@@ -67,7 +70,11 @@ class Settled:
 
     def asked_again(self, request: TrainSpec) -> Settled:
         """The same for a request that differs only in what may change: how often checkpoints are
-        written, and the number of workers, follow it if it names them."""
+        written, and the number of workers, follow it if it names them. The share of hidden patches,
+        which objectives read from the request, is what was found."""
+        if self.mask_rate:
+            pretrain = dataclasses.replace(request.pretrain, mask_rate=self.mask_rate)
+            request = dataclasses.replace(request, pretrain=pretrain)
         return dataclasses.replace(
             self,
             request=request,
@@ -136,8 +143,8 @@ class Stored:
         if not self.earlier:
             return False
         chosen = {"optim.lr": bool(asked.optim.rates), "optim.parts": asked.probe}
-        unfit = group == "options" and getattr(self.request.options, field) is None
-        return value is None or chosen.get(name, False) or unfit
+        resolved = name in RESOLVED or group == "preprocess"
+        return (resolved and value is None) or chosen.get(name, False)
 
 
 def read_config(config: Any) -> Stored:
@@ -153,7 +160,7 @@ def read_config(config: Any) -> Stored:
         found = settled | {"request": values["request"]}
         return Stored(request, parse(Settled, found, "settled"))
     request = parse(TrainSpec, renamed(values))
-    if request.steps is None:
+    if request.steps is None or request.log_every is None:  # not of one run, or written by hand
         return Stored(request, None, earlier=True)
     flat = to_dict(request)
     found = {f.name: flat[f.name] for f in dataclasses.fields(Settled) if f.name in flat}

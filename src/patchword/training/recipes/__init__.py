@@ -4,7 +4,7 @@ Standard library only, so that help needs no torch. Sections and tables are thos
 (arXiv 2010.11929). Table 3 gives neither the loss nor the cropping: sigmoid cross-entropy on JFT
 and ImageNet-21k, Inception crops and bilinear resizing are what the authors' public code
 (big_vision) has. With the sigmoid loss a fresh head's bias is -log K, -6.9 for ImageNet's classes
-(`workflows.runs.build_model`). Where ImageNet or JFT come undivided, 1 % is held out to choose the
+(`run.inputs.build_model`). Where ImageNet or JFT come undivided, 1 % is held out to choose the
 best weights. Recipes that start from weights are in `transfer_recipes`, those without labels in
 `pretrain_recipes`.
 """
