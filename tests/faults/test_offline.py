@@ -73,7 +73,7 @@ def blocked(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
         )
         return done, attempts.read_text().splitlines()
 

@@ -237,7 +237,7 @@ def _config_spec(path: Path, given: _Base) -> TrainSpec:
     recipe, init = given.recipe or values.get("recipe"), given.init or values.get("init")
     base = base_spec(values.get("source") or "", recipe, init, values.get("objective"))
     length = next((name for name in LENGTHS if values.get(name) is not None), None)
-    if length is not None:  # with steps, in a file of before 0.2, the length that was found
+    if length is not None:  # with steps, in a file of an earlier version, the length that was found
         values = values | {name: None for name in LENGTHS if name != length}
     if "request" not in config and length == "steps" and isinstance(values.get("optim"), dict):
         values = merge(values, {"optim": {"rates": []}})  # as has the rate of that run

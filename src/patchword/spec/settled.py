@@ -23,7 +23,7 @@ ANYTHING = {"device": "auto", "precision": "auto", "workers": None}
 """What leaves these settings to the run, whatever it was started with."""
 
 RESOLVED = {"model", "image_size", "steps", "eval_every", "log_every", "pretrain.mask_rate"}
-"""What was stored as found before 0.2 where the request had None, beside the preprocessing."""
+"""What earlier versions stored as found where the request had None, beside the preprocessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Settled:
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
     """One flat object of a `config.json`: the request with what was found in its place. Files of
-    before 0.2 are flat already."""
+    of earlier versions are flat already."""
     request, settled = _object(config, "request"), _object(config, "settled")
     if request is None:
         return config
@@ -119,7 +119,7 @@ class Stored:
     settled: Settled | None
     """None of a folder of several runs"""
     earlier: bool = False
-    """of before 0.2, when only what was found was stored: it stands for the request too"""
+    """of an earlier version, when only what was found was stored: it stands for the request too"""
 
     def conflicts(self, asked: TrainSpec) -> list[str]:
         """Dotted names of the settings that may change a result and in which what is asked for is
