@@ -40,14 +40,14 @@ import datasets, huggingface_hub
 from patchword.cli.main import main
 from patchword.run import finish as finishing
 from patchword.run import pretraining
-from patchword.run import train
+from patchword.run import train as training
 
-real = train.train
+real = training.train
 
 def train(data, **options):  # the demo gives a name, and takes a minute
     return real(data, **options | {"steps": 10, "workers": 2} if data == "digits" else options)
 
-train.train = train
+training.train = train
 codes = []
 for words in json.loads(sys.argv[1]):
     codes.append(main(words))
