@@ -54,6 +54,12 @@ def shape_edit(change: Callable[[list[Any], random.Random], list[Any]]) -> Edit:
     return edit
 
 
+def overlapping(start: int, stop: int, rng: random.Random) -> list[int]:
+    """Offsets into the tensor before, or where there is none, into the one after."""
+    more = 4 * rng.randrange(1, 9)
+    return [max(0, start - more), stop] if start else [start, stop + more]
+
+
 def offset_edit(change: Callable[[int, int, random.Random], list[Any]]) -> Edit:
     def edit(header: dict[str, Any], rng: random.Random) -> None:
         entry = pick(header, rng)
@@ -82,7 +88,7 @@ HEADER_EDITS: dict[str, Edit] = {
     "shape beyond 64 bits": shape_edit(lambda s, rng: [2 ** rng.randrange(64, 4000)]),
     "shape of floats": shape_edit(lambda s, rng: [n + 0.5 for n in s]),
     "shape of text": shape_edit(lambda s, rng: ["../" * rng.randrange(9)]),
-    "overlap": offset_edit(lambda a, b, rng: [max(0, a - 4 * rng.randrange(1, 9)), b]),
+    "overlap": offset_edit(overlapping),
     "beyond the end": offset_edit(lambda a, b, rng: [a, b + 2 ** rng.randrange(2, 60)]),
     "reversed": offset_edit(lambda a, b, rng: [b, a]),
     "negative offset": offset_edit(lambda a, b, rng: [-rng.randrange(1, 9), b]),
