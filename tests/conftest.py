@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchword.cli import main as cli
 from patchword.data.sources import ArrayReader, Source
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
@@ -103,6 +102,7 @@ def make_photos() -> Callable[..., Path]:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs a command line in this process: exit code, standard output, standard error."""
+    from patchword.cli import main as cli  # tyro may be missing where a GPU is lent
 
     def run(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -145,6 +145,8 @@ def flags() -> list[str]:
 @pytest.fixture(scope="session")
 def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run on `photos`."""
+    from patchword.cli import main as cli
+
     run = tmp_path_factory.mktemp("runs") / "first"
     assert (
         cli.main(["train", str(photos), *FLAGS.split(), "--out", str(run), "--average", "0.9"]) == 0
